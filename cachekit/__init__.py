@@ -1,0 +1,35 @@
+"""cachekit: caching for diffusion transformers as a functional transform."""
+
+from cachekit import deciders, forecasters, signals
+from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError
+from cachekit.methods import MagRatios, first_block_cache, mag_cache, mag_calibration, step_mask
+from cachekit.policy import Policy
+from cachekit.state import State, Summary, summary
+from cachekit.structure import Chain
+from cachekit.transform import CachedStep, Plan, cache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CacheError",
+    "CachedStep",
+    "Chain",
+    "MagRatios",
+    "Plan",
+    "Policy",
+    "State",
+    "StateError",
+    "StructureError",
+    "Summary",
+    "cache",
+    "deciders",
+    "first_block_cache",
+    "forecasters",
+    "mag_cache",
+    "mag_calibration",
+    "signals",
+    "step_mask",
+    "summary",
+]

@@ -1,0 +1,22 @@
+"""When to compute: pure deciders over numbers, and the wrappers that compose them."""
+
+from cachekit.deciders._combine import always, any_of, max_skips, warmup, within
+from cachekit.deciders._decider import Decider, Moment, Sums, plan
+from cachekit.deciders._drift import drift
+from cachekit.deciders._magnitude import magnitude_budget
+from cachekit.deciders._mask import mask
+
+__all__ = [
+    "Decider",
+    "Moment",
+    "Sums",
+    "always",
+    "any_of",
+    "drift",
+    "magnitude_budget",
+    "mask",
+    "max_skips",
+    "plan",
+    "warmup",
+    "within",
+]

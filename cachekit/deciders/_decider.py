@@ -1,0 +1,134 @@
+"""What a decider is: two pure functions that say when to compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from cachekit.errors import ArgumentError, ArgumentTypeError
+
+Number: TypeAlias = Tensor | float | int | bool
+"""A Python number, or a 0-d tensor on the CPU; deciders accept both alike."""
+
+
+class Sums(NamedTuple):
+    """A signal as a fraction that is not divided yet.
+
+    Sums of several shards add up before the division, so a sharded run decides as an unsharded one does.
+    """
+
+    numerator: Number  # [], e.g. sum |h - h_ref|
+    denominator: Number  # [], e.g. sum |h_ref|
+
+
+class Moment(NamedTuple):
+    """What a decider may look at: where in the trajectory we are, and the signal measured there."""
+
+    step: Number  # [] int, 0-based
+    timestep: Number  # [] float, the value given to `init` (0..1000 scale by convention)
+    steps: Number  # [] int, length T of the trajectory
+    signal: Sums  # sums, (nan, nan) where a policy measures no signal
+
+
+class Decider(NamedTuple):
+    """When to compute.
+
+    A decider is pure and knows nothing of models. Its state is a pytree of CPU tensors built by `init` and
+    changed by `update`; `decide` only looks. The verdict that `update` is told may differ from the one `decide`
+    gave, because deciders are wrapped by others: a decider that was overruled must hear of it.
+
+    Attributes:
+        name: for tables and error messages.
+        init: `init(timesteps) -> state`, from a 1-D float64 tensor of T timesteps.
+        decide: `decide(state, moment) -> bool`, True to compute. On Python numbers and 0-d tensors alike.
+        update: `update(state, moment, computed) -> state`, after the verdict.
+        static: whether the verdict depends on (step, timesteps, configuration) alone. A static decider is
+            resolved into a plan before the loop.
+
+    Example:
+        >>> import cachekit as ck
+        >>> every_other = ck.deciders.Decider(
+        ...     name="every other step",
+        ...     init=lambda timesteps: (),
+        ...     decide=lambda state, now: now.step % 2 == 0,
+        ...     update=lambda state, now, computed: state,
+        ...     static=True,
+        ... )
+        >>> ck.deciders.plan(every_other, 4)
+        (True, False, True, False)
+    """
+
+    name: str
+    init: Callable[[Tensor], Any]
+    decide: Callable[[Any, Moment], Any]
+    update: Callable[[Any, Moment, Any], Any]
+    static: bool
+
+
+def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
+    """A 1-D float64 CPU tensor of T timesteps from what users give; NaN where only their count is known."""
+    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, Sequence, Tensor)):
+        raise ArgumentTypeError(
+            f"`timesteps` must be an int, a sequence of numbers or a 1-D tensor, got {type(timesteps).__name__}. "
+            "Pass the scheduler's timesteps, or only their number."
+        )
+    if isinstance(timesteps, int):
+        if timesteps < 1:
+            raise ArgumentError(f"`timesteps` must be at least 1, got {timesteps}. Pass the number of steps.")
+        return torch.full((timesteps,), math.nan, dtype=torch.float64, device="cpu")
+    try:
+        values = torch.as_tensor(timesteps).detach().to(device="cpu", dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"`timesteps` must hold numbers, got {timesteps!r}: {error}.") from error
+    if values.ndim != 1 or values.numel() == 0:
+        raise ArgumentError(
+            f"`timesteps` must be 1-D with at least one step, got shape {tuple(values.shape)}. "
+            "Pass the whole trajectory, e.g. scheduler.timesteps."
+        )
+    return values.clone()
+
+
+def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[bool, ...]:
+    """The verdicts of a static decider over a trajectory, one bool a step, True to compute.
+
+    Step 0 computes whatever the decider says: nothing is cached yet.
+    """
+    if not decider.static:
+        raise ArgumentError(f"`decider` {decider.name!r} looks at a signal, so it has no plan. Run it.")
+    times = trajectory(timesteps)
+    state, verdicts = decider.init(times), []
+    for step, timestep in enumerate(times.tolist()):
+        now = Moment(step, timestep, len(times), Sums(math.nan, math.nan))
+        computed = step == 0 or bool(decider.decide(state, now))
+        state = decider.update(state, now, computed)
+        verdicts.append(computed)
+    return tuple(verdicts)
+
+
+def ratio(sums: Sums) -> Number:
+    """`numerator / denominator` without an exception: x / 0 is inf, 0 / 0 is NaN, as tensors have it."""
+    numerator, denominator = sums
+    if isinstance(numerator, Tensor) or isinstance(denominator, Tensor) or denominator != 0:
+        return numerator / denominator
+    return math.nan if numerator == 0 or math.isnan(numerator) else math.inf
+
+
+def where(condition: Number, yes: Number, no: Number) -> Any:
+    """`yes if condition else no`, inside a graph too."""
+    if isinstance(condition, Tensor):
+        # A Python operand takes the type of the tensor one, so that a state never changes its dtype.
+        like = yes if isinstance(yes, Tensor) else no
+        dtype = like.dtype if isinstance(like, Tensor) else None
+        return torch.where(condition, torch.as_tensor(yes, dtype=dtype), torch.as_tensor(no, dtype=dtype))
+    return yes if condition else no
+
+
+def take(values: Tensor, index: Number) -> Number:
+    """`values[index]`, read so that a compiled graph does not specialise on the index."""
+    if isinstance(index, Tensor):
+        return values.index_select(0, index.reshape(1)).squeeze(0)
+    return values[index].item()

@@ -1,0 +1,1 @@
+"""The demonstration: a small model of handwritten digits, its training, and its sampling."""

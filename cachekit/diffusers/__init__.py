@@ -1,0 +1,1 @@
+"""The only part of cachekit that knows diffusers."""

@@ -1,0 +1,256 @@
+"""One forward, recorded: which blocks were called in which order, and what flowed between them.
+
+The forward runs on fake tensors, on a fake copy of the model: no compute, no memory, and nothing that the model
+caches while it runs (rotary tables, say) is left behind on the original. A model whose forward branches on data
+cannot run so; then one real forward is recorded instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cachekit.errors import CacheError, StructureError
+from cachekit.shadow import PATCHED, shadow, stand_in
+from cachekit.sites import RECORD, BlockSite, framed
+from cachekit.structure import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, Tree
+
+ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
+VIEWS = {
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "cat"),
+    *("clone", "_to_copy", "contiguous", "split", "split_with_sizes", "expand", "alias", "detach", "stack", "unbind"),
+    *("clamp", "clip", "where"),  # e.g. a clip of float16 overflow at the end of a block
+}
+
+
+def discover(model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device) -> Record:
+    """Record the forward of `model(*args, **kwargs)` with the blocks `paths`. The model is left as it was."""
+    denoised = _denoised(model, args, kwargs)
+    if any(_patched(module) for module in model.modules()):
+        # What a patched forward closes over cannot be copied safely.
+        return _record(model, paths, args, dict(kwargs), denoised, faked=False)
+    try:
+        return _fake(model, paths, args, kwargs, device, denoised)
+    except CacheError:
+        raise
+    except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
+        try:
+            return _record(model, paths, args, dict(kwargs), denoised, faked=False)
+        except CacheError:
+            raise
+        except Exception as error:
+            raise StructureError(
+                f"The model's forward failed on the arguments given to init: {type(error).__name__}: {error}. "
+                "Give init the arguments of the first real call."
+            ) from (error if type(error) is not type(fake_error) else fake_error)
+
+
+def _patched(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own that is not a mere wrapper around that of its class."""
+    if "forward" not in module.__dict__:
+        return False
+    return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
+
+
+def _fake(model, paths, args, kwargs, device, denoised) -> Record:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in memo or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            continue
+        with mode:
+            # On the device it runs on, wherever an offloader keeps it meanwhile.
+            fake = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    with FakeCopyMode(mode):
+        twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        # A hook that moves weights between devices has nothing to move here.
+        for name in PATCHED:
+            module.__dict__.pop(name, None)
+    converted: dict[int, Tensor] = {}
+
+
+    def fake_input(value):
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in converted:
+            with torch.inference_mode(False):
+                converted[id(value)] = mode.from_tensor(value, static_shapes=True)
+        return converted[id(value)]
+
+    fake_args, fake_kwargs = pytree.tree_map(fake_input, (args, dict(kwargs)))
+    fake_denoised = [converted[id(value)] for value in denoised if id(value) in converted]
+    with mode:
+        return _record(twin, paths, fake_args, fake_kwargs, fake_denoised, faked=True)
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
+
+
+def _record(model, paths, args, kwargs, denoised, *, faked: bool) -> Record:
+    sites = {}
+    for path in paths:
+        sites[path] = stand_in(model.get_submodule(path), BlockSite)
+        sites[path].__dict__.update(_path=path, _block=model.get_submodule(path))
+    recorder = Recorder(denoised)
+    with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
+        out = shadow(model, sites)(*args, **kwargs)
+    for leaf in pytree.tree_leaves(out):
+        if isinstance(leaf, Tensor):
+            recorder.read.add(recorder.token(leaf))
+    return Record(calls=tuple(recorder.calls), read=frozenset(recorder.read), faked=faked)
+
+
+def _denoised(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of the first argument of the forward: by convention what is being denoised."""
+    candidates = list(args[:1])
+    for forward in (model.forward, type(model).forward):
+        names = [
+            name
+            for name, parameter in inspect.signature(forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and name != "self"
+        ]
+        candidates += [kwargs[name] for name in names[:1] if name in kwargs]
+    candidates += [*args, *kwargs.values()]
+    for candidate in candidates:
+        tensors = [leaf for leaf in pytree.tree_leaves(candidate) if isinstance(leaf, Tensor)]
+        if tensors:
+            return tensors
+    return []
+
+
+class Recorder(TorchDispatchMode):
+    """Follows identity, origin and additions of every tensor through a forward."""
+
+    def __init__(self, denoised: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.read: set[int] = set()
+        self.depth = 0
+        self.flops = 0
+        self._tokens = WeakIdKeyDictionary()
+        self._labels = WeakIdKeyDictionary()
+        self._lineage = WeakIdKeyDictionary()
+        self._results: set[int] = set()
+        self._containers: list[Any] = []  # kept alive, so that an id stays one object's
+        self._container_tokens: dict[int, int] = {}
+        self._count = 0
+        self._seen: dict[str, int] = {}
+        for tensor in denoised:
+            self._labels[tensor] = frozenset({DENOISED})
+
+    def token(self, tensor: Tensor) -> int:
+        """The same int for the same object."""
+        found = self._tokens.get(tensor)
+        if found is None:
+            self._count += 1
+            found = self._tokens[tensor] = self._count
+        return found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        out = func(*args, **kwargs)
+        if not self.depth:
+            for tensor in inputs:
+                token = self._tokens.get(tensor)
+                if token in self._results:
+                    self.read.add(token)
+        outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        labels = frozenset().union(*(self._labels.get(tensor, frozenset()) for tensor in inputs))
+        lineage = self._carried(func, inputs, args)
+        for tensor in outputs:
+            self._labels[tensor] = labels
+            if lineage:
+                self._lineage[tensor] = lineage
+            elif tensor in self._lineage:
+                del self._lineage[tensor]
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None and self.depth:
+            self.flops += int(count(*args, **kwargs, out_val=out))
+        return out
+
+    def _carried(self, func, inputs, args) -> frozenset:
+        name = func._schema.name.rpartition("::")[2]
+        if name in ADDITIONS:
+            sources = inputs[:1] if name.startswith("addcmul") else inputs
+        elif name in VIEWS:
+            sources = inputs
+        else:
+            return frozenset()
+        return frozenset().union(*(self._lineage.get(tensor, frozenset()) for tensor in sources))
+
+    def call(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a block and write down what went in and out."""
+        block = site._block
+        if self.depth:
+            return block(*args, **kwargs)
+        given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
+        nodes = {key: self._node(value) for key, value in given.items()}
+        index, before = len(self.calls), self.flops
+        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        for key, value in tensors.items():
+            self._lineage[value] = frozenset({(index, key)})
+        versions = {key: _version(value) for key, value in tensors.items()}
+        self.depth += 1
+        try:
+            out = block(*args, **kwargs)
+        finally:
+            self.depth -= 1
+        mutated = frozenset(key for key, value in tensors.items() if _version(value) != versions[key])
+        for key in mutated:
+            self._count += 1
+            self._tokens[tensors[key]] = self._count
+        leaves, treespec = pytree.tree_flatten(out)
+        lineage = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                self._labels[leaf] = self._labels.get(leaf, frozenset()) | {index}
+                self._results.add(self.token(leaf))
+                lineage[i] = frozenset(key for n, key in self._lineage.get(leaf, ()) if n == index)
+        path = site._path
+        self.calls.append(
+            Call(
+                path=path,
+                nth=self._seen.get(path, 0),
+                kind=f"{type(block).__module__}.{type(block).__qualname__}",
+                args=nodes,
+                treespec=treespec,
+                outs=tuple(self._node(leaf) for leaf in leaves),
+                lineage=lineage,
+                mutated=mutated,
+                flops=self.flops - before,
+            )
+        )
+        self._seen[path] = self._seen.get(path, 0) + 1
+        return out
+
+    def _node(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
+            return Leaf(self.token(value), spec, self._labels.get(value, frozenset()))
+        leaves, treespec = pytree.tree_flatten(value)
+        if treespec.is_leaf():
+            return Const(value)
+        if id(value) not in self._container_tokens:
+            self._containers.append(value)
+            self._count += 1
+            self._container_tokens[id(value)] = self._count
+        return Tree(self._container_tokens[id(value)], treespec, tuple(self._node(leaf) for leaf in leaves))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,23 @@
+"""The errors cachekit raises. Every message names the argument or the site, its value, and the fix."""
+
+from __future__ import annotations
+
+
+class CacheError(Exception):
+    """Base of every error that cachekit raises on purpose."""
+
+
+class ArgumentError(CacheError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class ArgumentTypeError(CacheError, TypeError):
+    """An argument has a type that cannot work."""
+
+
+class StructureError(CacheError, RuntimeError):
+    """The model does not have, or no longer has, the structure that caching needs."""
+
+
+class StateError(CacheError, RuntimeError):
+    """A state does not fit the call it was given to."""

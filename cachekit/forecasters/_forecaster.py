@@ -1,0 +1,50 @@
+"""What a forecaster is: three pure functions that stand in for a computed value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cachekit.errors import ArgumentError, ArgumentTypeError
+
+
+class Forecaster(NamedTuple):
+    """What to return instead of computing.
+
+    Attributes:
+        name: for tables and error messages.
+        init: `init(value) -> state`; only the shape, dtype and device of `value` count. Nothing is known yet.
+        update: `update(state, value, step) -> state`, after `value` was computed at `step`.
+        predict: `predict(state, step) -> value`, with the shape and dtype of the values seen.
+        timed: whether `step` is looked at. It is a 0-d float32 tensor on the device of the value then, and
+            None for a forecaster that does not look.
+
+    Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
+    leaf is the batch wherever the value's is.
+
+    Example:
+        >>> import torch, cachekit as ck
+        >>> f = ck.forecasters.newton(order=1)
+        >>> s = f.init(torch.zeros(1))
+        >>> for step in (0, 2):
+        ...     s = f.update(s, torch.tensor([10.0 + step]), torch.tensor(float(step)))
+        >>> f.predict(s, torch.tensor(5.0))
+        tensor([15.])
+    """
+
+    name: str
+    init: Callable[[Tensor], Any]
+    update: Callable[[Any, Tensor, Tensor | None], Any]
+    predict: Callable[[Any, Tensor | None], Tensor]
+    timed: bool
+
+
+def check_order(order: int, dtype: torch.dtype | None) -> None:
+    """Refuse what is no order or no storage type, with the fix."""
+    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
+        raise ArgumentError(f"`order` must be an int >= 0, got {order!r}. Use 0 to hold the last value.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentTypeError(f"`dtype` must be a floating point torch.dtype or None, got {dtype!r}.")

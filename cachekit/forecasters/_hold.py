@@ -1,0 +1,27 @@
+"""Repeat the last computed value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cachekit.forecasters._forecaster import Forecaster
+
+
+class HoldState(NamedTuple):
+    """State of `hold`."""
+
+    value: Tensor  # [...], as last computed
+
+
+def hold() -> Forecaster:
+    """The last computed value, unchanged: one tensor of state a site."""
+    return Forecaster(
+        name="hold",
+        init=lambda value: HoldState(value=torch.zeros_like(value)),
+        update=lambda state, value, step: HoldState(value=value),
+        predict=lambda state, step: state.value,
+        timed=False,
+    )

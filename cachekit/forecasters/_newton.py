@@ -1,0 +1,66 @@
+"""Extrapolate with Newton's divided differences on the steps that were computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cachekit.forecasters._forecaster import Forecaster, check_order
+
+
+class NewtonState(NamedTuple):
+    """State of `newton`."""
+
+    differences: tuple[Tensor, ...]  # order + 1 times [...]: divided differences that end at the last value
+    nodes: Tensor  # [order + 1] float32, the last computed steps, latest first
+    filled: Tensor  # [] float32, how many updates there were
+    like: Tensor  # [0], carries the dtype of the values
+
+
+def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
+    """The polynomial through the last `order + 1` computed values, on whatever steps they fell.
+
+    Unlike `taylor` it reproduces every polynomial of degree <= order exactly, on any spacing. Until enough
+    values have been seen it uses the polynomial through those there are. Order 0 is `hold`.
+
+    Args:
+        order: degree, >= 0; order + 1 tensors of state a site.
+        dtype: storage type of the differences, None for that of the value. The arithmetic is float32 or wider.
+
+    Raises:
+        ArgumentError: `order` is negative or no int.
+    """
+    check_order(order, dtype)
+
+    def init(value: Tensor) -> NewtonState:
+        nodes = torch.zeros(order + 1, dtype=torch.float32, device=value.device)
+        differences = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
+        return NewtonState(
+            differences=differences, nodes=nodes, filled=nodes.new_zeros(()), like=value.new_empty(0)
+        )
+
+    def update(state: NewtonState, value: Tensor, step: Tensor) -> NewtonState:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        difference, differences = value.to(wide), []
+        for i, before in enumerate(state.differences):
+            differences.append(difference.to(before.dtype))
+            known = state.filled > i
+            spacing = torch.where(known, step - state.nodes[i], 1.0)
+            difference = torch.where(known, (difference - before.to(wide)) / spacing, 0.0)
+        nodes = torch.cat((step.to(torch.float32).reshape(1), state.nodes[:-1]))
+        return NewtonState(
+            differences=tuple(differences), nodes=nodes, filled=state.filled + 1, like=state.like
+        )
+
+    def predict(state: NewtonState, step: Tensor) -> Tensor:
+        first = state.differences[0]
+        wide = torch.promote_types(first.dtype, torch.float32)
+        total, product = first.to(wide), 1.0
+        for i, difference in enumerate(state.differences[1:]):
+            product = product * (step - state.nodes[i])
+            total = total + difference.to(wide) * product
+        return total.to(state.like.dtype)
+
+    return Forecaster(name=f"newton {order}", init=init, update=update, predict=predict, timed=True)

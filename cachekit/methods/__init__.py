@@ -1,0 +1,7 @@
+"""One paper a file: a signal, a decider, a forecaster, the defaults and the departures."""
+
+from cachekit.methods._first_block import first_block_cache
+from cachekit.methods._mag import MagRatios, mag_cache, mag_calibration
+from cachekit.methods._step_mask import step_mask
+
+__all__ = ["MagRatios", "first_block_cache", "mag_cache", "mag_calibration", "step_mask"]

@@ -1,0 +1,109 @@
+"""A step as a few compiled programs: one an action, each a full graph, picked on the host.
+
+What counts and decides (the step, the log, the plan) stays on the host and never enters a program, so a program
+is free of host reads and can be captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cachekit.deciders import Moment, Sums
+from cachekit.errors import CacheError
+from cachekit.sites import COMPUTE, PROBE, REUSE, check_reached, run_framed
+from cachekit.state import State
+from cachekit.structure import Layout
+
+if TYPE_CHECKING:
+    from cachekit.transform import CachedStep
+
+
+class Programs:
+    """The programs of one step."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def _program(self, action: str) -> Callable[..., Any]:
+        if action not in self._compiled:
+            self._compiled[action] = torch.compile(_fresh(ACTIONS[action]), **self._options)
+        return self._compiled[action]
+
+    def run(
+        self, step: CachedStep, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, State]:
+        """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
+        names = tuple(state.sites)
+        now, sums, residual, carried = step.clock(state), None, None, None
+        try:
+            if step.policy.front:
+                sums, residual, carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
+                moment = moment._replace(signal=numbers(sums))
+            computed = step.verdict(state, moment)
+            if computed:
+                out, updated, observed = self._program(COMPUTE)(step, names, state.sites, carried, now, args, kwargs)
+                sums = observed if sums is None else sums
+            else:
+                out, updated = self._program(REUSE)(step, names, state.sites, carried, now, args, kwargs), {}
+        except CacheError:
+            raise
+        except Exception as error:
+            found = _typed(error)
+            if found is None:
+                raise
+            raise found from error
+        return out, step.advance(state, moment, computed, updated, residual, sums)
+
+
+def _probe(step, names, reference, args, kwargs):
+    layout = step.layout(names)
+    frame = step.frame(PROBE, layout, {}, reference, None)
+    run_framed(frame, step.shadow, args, kwargs)
+    check_reached(frame)
+    return frame["sums"], frame["residual"], frame["carried"]
+
+
+def _compute(step, names, sites, carried, now, args, kwargs):
+    layout = step.layout(names)
+    frame = step.frame(COMPUTE, layout, sites, None, now, carried)
+    out = run_framed(frame, step.shadow, args, kwargs)
+    check_reached(frame)
+    return out, frame["updated"], frame["sums"]
+
+
+def _reuse(step, names, sites, carried, now, args, kwargs):
+    layout = step.layout(names)
+    frame = step.frame(REUSE, layout, sites, None, now, carried)
+    out = run_framed(frame, step.shadow, args, kwargs)
+    check_reached(frame)
+    return out
+
+
+ACTIONS = {PROBE: _probe, COMPUTE: _compute, REUSE: _reuse}
+
+
+def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: compiled code is kept, and its recompiles counted, by code."""
+    code = function.__code__.replace(co_name=function.__code__.co_name)  # type: ignore[attr-defined]
+    return types.FunctionType(code, function.__globals__, function.__name__)  # type: ignore[attr-defined]
+
+
+def numbers(sums: Any) -> Sums:
+    """The one host read of a step."""
+    return Sums(*torch.stack(tuple(sums)).tolist())
+
+
+def _typed(error: BaseException | None) -> CacheError | None:
+    """The error of ours that a compiler has wrapped while it traced, if there is one."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, CacheError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

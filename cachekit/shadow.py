@@ -1,0 +1,168 @@
+"""A structural copy of a model in which sites stand where blocks stood. The model itself is not touched.
+
+Only the modules on the way to a block are copied, and of them only the shell: parameters, buffers and every other
+module are the same objects, so a checkpoint loaded, a device moved to or an adapter added reaches both.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+PATCHED = ("forward", "_old_forward")
+"""Instance attributes by which a forward is patched; the second keeps the one before (accelerate does so)."""
+
+
+def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
+    """Names of the blocks: the elements of every outermost nn.ModuleList, and those named by hand."""
+    found: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(module, nn.ModuleList):
+                found.append(path)
+            else:
+                visit(child, f"{path}.")
+
+    visit(model, "")
+    by_hand = [name for name in named if name not in found]
+    return found + by_hand
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile(model)`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of the shells on the way to `sites`, with the sites in place and all else shared."""
+    shell = _shell(model)
+    below: dict[str, dict[str, nn.Module]] = {}
+    for path, site in sites.items():
+        name, _, rest = path.partition(".")
+        below.setdefault(name, {})[rest] = site
+    for name, inner in below.items():
+        child = inner[""] if "" in inner else shadow(model._modules[name], inner)  # type: ignore[arg-type]
+        shell._modules[name] = child
+    return shell
+
+
+def refresh(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -> None:
+    """Let the shells follow plain attributes of the model: training mode, checkpointing flags and the like."""
+    prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
+    for prefix in ("", *sorted(prefixes)):
+        source, target = model.get_submodule(prefix), shell.get_submodule(prefix)
+        for name, value in source.__dict__.items():
+            if name not in ("_modules", "_compiled_call_impl", *PATCHED) and target.__dict__.get(name) is not value:
+                target.__dict__[name] = value
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = dict(module._modules)
+    # A compiled call would run the original.
+    copy.__dict__["_compiled_call_impl"] = None
+    for name in PATCHED:
+        if name in module.__dict__:
+            copy.__dict__[name] = rebind(module.__dict__[name], {id(module): copy})
+    return copy
+
+
+def stand_in(block: nn.Module, site_class: type) -> nn.Module:
+    """A module that looks like `block` (class, attributes, parameters, children) and acts as `site_class`."""
+    site = object.__new__(_site_type(type(block), site_class))
+    site.__dict__.update(block.__dict__)
+    for name in HOOKS:
+        site.__dict__[name] = OrderedDict()
+    site.__dict__["_compiled_call_impl"] = None
+    for name in PATCHED:
+        site.__dict__.pop(name, None)
+    return site
+
+
+@functools.cache
+def _site_type(block_class: type, site_class: type) -> type:
+    return type(block_class.__name__, (site_class, block_class), {"__module__": site_class.__module__})
+
+
+def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
+    """`value` with every module that is bound, curried or closed over replaced by its stand-in.
+
+    A patched forward holds the module it was taken from: as a bound method, in a functools.partial, or in a
+    closure.
+    """
+    if id(value) in replace:
+        return replace[id(value)]
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, rebind(value.__self__, replace))
+    if isinstance(value, functools.partial):
+        args = tuple(rebind(arg, replace) for arg in value.args)
+        keywords = {name: rebind(arg, replace) for name, arg in value.keywords.items()}
+        made = functools.partial(rebind(value.func, replace), *args, **keywords)
+        made.__dict__.update({name: rebind(item, replace) for name, item in value.__dict__.items()})
+        return made
+    if isinstance(value, types.FunctionType) and value.__closure__:
+        return _rebind_closure(value, replace)
+    return value
+
+
+def _rebind_closure(function: types.FunctionType, replace: Mapping[int, Any]) -> types.FunctionType:
+    cells, changed = [], False
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            cells.append(cell)
+            continue
+        held = rebind(content, replace) if not isinstance(content, types.FunctionType) or content is not function else content
+        changed = changed or held is not content
+        cells.append(cell if held is content else types.CellType(held))
+    if not changed:
+        return function
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+Fingerprint = list[tuple[Any, tuple[nn.Module | None, ...]]]
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Which module stands where, for `stale` to compare."""
+    return [(module._modules, tuple(module._modules.values())) for module in model.modules() if module._modules]
+
+
+def stale(record: Fingerprint, model: nn.Module) -> str | None:
+    """The first module that was added, removed or replaced since the record, or None."""
+    for children, before in record:
+        now = tuple(children.values())
+        if now != before:
+            for path, module in model.named_modules():
+                if module._modules is children:
+                    names = list(children)
+                    changed = [name for i, name in enumerate(names) if i >= len(before) or now[i] is not before[i]]
+                    return ".".join(part for part in (path, changed[0] if changed else "") if part)
+            return "a module"
+    return None
+
+
+Site = Callable[..., Any]

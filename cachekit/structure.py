@@ -1,0 +1,588 @@
+"""What a model looks like to a cache: chains of blocks, found in the record of one forward.
+
+Everything here is a pure function over plain data. A tensor of the recorded forward is a *token*, an int that two
+values share exactly when they were the same object; see `discovery` for how a record is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
+
+Key: TypeAlias = int | str
+"""An argument of a block: its position, or its name where it was passed by keyword."""
+
+DENOISED = -1
+"""The label of whatever was computed from the first argument of the model's forward."""
+
+
+class TensorSpec(NamedTuple):
+    """Shape, dtype and device of a tensor that need not exist."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Leaf(NamedTuple):
+    """A tensor among the arguments or results of a block."""
+
+    token: int
+    spec: TensorSpec
+    labels: frozenset[int]  # calls it was computed from, and DENOISED
+
+
+class Tree(NamedTuple):
+    """A container among the arguments: the same object as another argument where the tokens are equal."""
+
+    token: int
+    treespec: Any
+    leaves: tuple[Any, ...]  # Leaf or Const
+
+
+class Const(NamedTuple):
+    """Anything else."""
+
+    value: Any
+
+
+class Call(NamedTuple):
+    """One call of one block in the recorded forward."""
+
+    path: str  # qualified name of the block
+    nth: int  # how many calls of this block came before
+    kind: str  # class of the block
+    args: dict[Key, Any]  # Leaf, Tree or Const
+    treespec: Any  # of the result
+    outs: tuple[Any, ...]  # Leaf or Const, flat
+    lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
+    mutated: frozenset[Key]  # arguments it wrote to
+    flops: int
+
+
+class Record(NamedTuple):
+    """One forward: the calls in order, and which block outputs anything but a block has read."""
+
+    calls: tuple[Call, ...]
+    read: frozenset[int]  # tokens
+    faked: bool  # False where the forward had to be run for real
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A chain stated by hand, where discovery cannot see it.
+
+    Attributes:
+        blocks: name of a list of blocks, or the names of the blocks in the order they are called.
+        streams: output position of a block -> the argument of the same block that it continues (position, or
+            name where it is passed by keyword), e.g. `{0: "x"}`. The first is the stream a probe looks at.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: no blocks, or no streams.
+
+    Example:
+        >>> import cachekit as ck
+        >>> ck.Chain("layers", streams={0: 0})
+        Chain(blocks='layers', streams={0: 0})
+    """
+
+    blocks: str | Sequence[str]
+    streams: Mapping[int, Key]
+
+    def __post_init__(self) -> None:
+        if not self.blocks or not all(isinstance(name, str) for name in self.blocks):
+            raise ArgumentTypeError(f"`blocks` must be names of blocks, got {self.blocks!r}.")
+        if not isinstance(self.streams, Mapping) or not self.streams:
+            raise ArgumentTypeError(
+                f"`streams` must map output positions to arguments, got {self.streams!r}. Use {{0: 0}} for blocks "
+                "that take and return one tensor."
+            )
+
+    def paths(self, candidates: Iterable[str]) -> list[str]:
+        """The blocks it names, among those there are."""
+        there = list(candidates)
+        if isinstance(self.blocks, str):
+            found = [path for path in there if path.rpartition(".")[0] == self.blocks or path == self.blocks]
+            if not found:
+                raise ArgumentError(f"`blocks` {self.blocks!r} names no list of blocks. There are: {_lists(there)}.")
+            return found
+        for name in self.blocks:
+            if name not in there:
+                raise ArgumentError(f"`blocks` names {name!r}, which is no block. There are: {', '.join(there)}.")
+        return list(self.blocks)
+
+
+class FromArg(NamedTuple):
+    """An argument of the first block of the span, whole, or one leaf of a container there."""
+
+    key: Key
+    leaf: int  # -1 for the whole argument
+
+
+class FromOut(NamedTuple):
+    """A result of an earlier block of the span."""
+
+    member: int
+    leaf: int
+
+
+class Nested(NamedTuple):
+    """A container made anew of what is known."""
+
+    treespec: Any
+    leaves: tuple[Any, ...]
+
+
+class Stream(NamedTuple):
+    """A tensor that runs through a span and is read after it."""
+
+    leaf: int  # among the results of the last block
+    key: Key  # argument of the first block it continues
+    dtype: torch.dtype  # of the result
+    base: torch.dtype  # of the argument
+
+    @property
+    def residual(self) -> torch.dtype:
+        """Of result minus argument."""
+        return torch.promote_types(self.dtype, self.base)
+
+
+class Span(NamedTuple):
+    """Consecutive blocks that can be run, or left out, as soon as the first one is called.
+
+    It holds no shapes: another resolution is the same span.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    wiring: tuple[dict[Key, Any], ...]  # arguments of every block but the first
+    release: tuple[tuple[int, ...], ...]  # before every block but the first: results nobody needs any more
+    passing: tuple[tuple[Key | Const | None, ...], ...]  # a block's result leaf -> its argument of the same stream
+    treespecs: tuple[Any, ...]  # of the blocks' results
+    streams: tuple[Stream, ...]
+    main: int  # which stream carries the denoised tokens
+    mutated: bool  # whether a block writes to its arguments
+    front: bool  # always run, as the probe
+
+
+class Layout(NamedTuple):
+    """Where a policy stands in a model."""
+
+    spans: tuple[Span, ...]
+    roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
+
+    @property
+    def sites(self) -> tuple[Span, ...]:
+        """The spans that can be left out."""
+        return tuple(span for span in self.spans if not span.front)
+
+
+class Found(NamedTuple):
+    """A layout, and what else discovery has to tell."""
+
+    layout: Layout
+    residuals: tuple[tuple[TensorSpec, ...], ...]  # of every span, one a stream
+    chains: tuple[str, ...]  # all of them, in the order they run
+    leader: str
+    reason: str  # why this chain leads
+    left: tuple[str, ...]  # chains that always run, with the reason
+    faked: bool
+
+
+def list_name(path: str) -> str:
+    """`blocks` of `blocks.3`."""
+    return path.rpartition(".")[0] or path
+
+
+def _lists(paths: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(list_name(path) for path in paths)) or "none"
+
+
+def _leaves(call: Call) -> list[tuple[Key, int, Leaf]]:
+    """Every tensor among the arguments, with its place."""
+    found = []
+    for key, arg in call.args.items():
+        if isinstance(arg, Leaf):
+            found.append((key, -1, arg))
+        elif isinstance(arg, Tree):
+            found += [(key, i, leaf) for i, leaf in enumerate(arg.leaves) if isinstance(leaf, Leaf)]
+    return found
+
+
+def _made(call: Call) -> set[int]:
+    """The results that are not arguments handed through."""
+    given = {arg.token for _, _, arg in _leaves(call)}
+    return {out.token for out in call.outs if isinstance(out, Leaf)} - given
+
+
+def stream_maps(record: Record, stated: Sequence[Chain] = ()) -> list[dict[int, Key]]:
+    """For each call: result leaf -> the argument it continues.
+
+    A call whose result is the next call's argument of the same class teaches the map for the class. What remains
+    (the last of a chain, a chain of one) is read off the block's own arithmetic: the argument that reaches the
+    result by additions alone. Shape decides nothing where two would fit.
+    """
+    learned: dict[str, dict[int, Key]] = {}
+    for call, following in zip(record.calls, record.calls[1:], strict=False):
+        if call.kind != following.kind:
+            continue
+        place = {arg.token: key for key, arg in following.args.items() if isinstance(arg, Leaf)}
+        for i, out in enumerate(call.outs):
+            if isinstance(out, Leaf) and out.token in place and out.token in _made(call):
+                learned.setdefault(call.kind, {}).setdefault(i, place[out.token])
+    by_hand = {path: chain for chain in stated for path in chain.paths(c.path for c in record.calls)}
+    maps = []
+    for call in record.calls:
+        if call.path in by_hand:
+            maps.append(_stated_map(call, by_hand[call.path]))
+            continue
+        streams = {}
+        for i, out in enumerate(call.outs):
+            if not isinstance(out, Leaf) or out.token not in _made(call):
+                continue
+            key = learned.get(call.kind, {}).get(i)
+            for candidates in ([key] if key is not None else [], sorted(call.lineage.get(i, ()), key=str)):
+                fitting = [name for name in candidates if _fits(call.args.get(name), out)]
+                if len(fitting) == 1:
+                    streams[i] = fitting[0]
+                    break
+        maps.append(streams)
+    return maps
+
+
+def _fits(arg: Any, out: Leaf) -> bool:
+    return isinstance(arg, Leaf) and arg.spec.shape == out.spec.shape
+
+
+def _stated_map(call: Call, chain: Chain) -> dict[int, Key]:
+    for leaf, key in chain.streams.items():
+        if leaf >= len(call.outs):
+            raise ArgumentError(
+                f"`streams` names output {leaf} of {call.path}, which returns {len(call.outs)} values."
+            )
+        if not isinstance(call.args.get(key), Leaf):
+            raise ArgumentError(
+                f"`streams` names argument {key!r} of {call.path}, which is no tensor there. "
+                f"Its arguments are: {', '.join(repr(name) for name in call.args)}."
+            )
+    return {leaf: key for leaf, key in chain.streams.items() if isinstance(call.outs[leaf], Leaf)}
+
+
+def _known(value: Any, key: Key, head: Call, members: Sequence[Call]) -> Any:
+    """How to get an argument when only the first block's arguments and earlier results are there; None if not."""
+    if isinstance(value, Const):
+        here = head.args.get(key)
+        same = isinstance(here, Const) and (here.value is value.value or _equal(here.value, value.value))
+        if same:
+            return FromArg(key, -1)
+        simple = isinstance(value.value, (int, float, str, bytes, torch.dtype, torch.device, type(None)))
+        return value if simple else None
+    for name, arg in head.args.items():
+        if isinstance(arg, (Leaf, Tree)) and arg.token == value.token:
+            return FromArg(name, -1)
+    if isinstance(value, Tree):
+        leaves = tuple(_known(leaf, key, head, members) for leaf in value.leaves)
+        return None if any(leaf is None for leaf in leaves) else Nested(value.treespec, leaves)
+    for name, i, leaf in _leaves(head):
+        if leaf.token == value.token:
+            return FromArg(name, i)
+    for member, call in enumerate(members):
+        for i, out in enumerate(call.outs):
+            if isinstance(out, Leaf) and out.token == value.token:
+                return FromOut(member, i)
+    return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and isinstance(a, (int, float, str, bytes, torch.dtype, torch.device)) and a == b
+
+
+def _wiring(call: Call, members: Sequence[Call]) -> dict[Key, Any] | None:
+    """Where every argument of `call` comes from when it runs in a span of `members`; None if one is unknown."""
+    sources = {key: _known(value, key, members[0], members) for key, value in call.args.items()}
+    return None if any(source is None for source in sources.values()) else sources
+
+
+def chains_of(record: Record, maps: Sequence[dict[int, Key]]) -> list[tuple[int, ...]]:
+    """The calls as chains: runs of blocks in which each continues the streams of the one before.
+
+    A chain is *closed*: from the arguments of its first block and its own results every argument of every block is
+    known. And it is *private*: between its ends nobody else reads its results. So it can be run, or left out,
+    in one piece. Anything else (a concat between two lists, a control signal added to the stream, a result that is
+    collected, an argument of its own) ends a chain and starts the next.
+    """
+    calls = record.calls
+    produced = {token: k for k, call in enumerate(calls) for token in _made(call)}
+    cuts = {produced[token] for token in record.read if token in produced}
+    while True:
+        chains: list[list[int]] = []
+        for k, call in enumerate(calls):
+            home = _continued(k, chains, record, maps, cuts)
+            if home is None:
+                chains.append([k])
+            else:
+                home.append(k)
+        place = {k: i for i, chain in enumerate(chains) for k in chain}
+        leaks = set()
+        for k, call in enumerate(calls):
+            for _, _, arg in _leaves(call):
+                source = produced.get(arg.token)
+                if source is not None and place[source] != place[k] and chains[place[source]][-1] != source:
+                    leaks.add(source)
+        if leaks <= cuts:
+            return [tuple(chain) for chain in chains]
+        cuts |= leaks
+
+
+def _continued(k, chains, record: Record, maps, cuts) -> list[int] | None:
+    """The chain that call `k` continues, if any."""
+    call = record.calls[k]
+    streams = {call.args[key].token for key in maps[k].values()}
+    for chain in reversed(chains):
+        members = [record.calls[j] for j in chain]
+        made = set().union(*(_made(member) for member in members))
+        last = _made(members[-1])
+        if not streams or not streams <= made or not streams & last or chain[-1] in cuts:
+            continue
+        if _wiring(call, members) is not None:
+            return chain
+    return None
+
+
+def span_of(record: Record, maps, positions: Sequence[int], *, front: bool) -> tuple[Span, tuple] | None:
+    """One closed run of calls as a span with its residuals, or None where no stream runs through it."""
+    members = [record.calls[k] for k in positions]
+    wiring = []
+    for n, call in enumerate(members[1:], 1):
+        sources = _wiring(call, members[:n])
+        if sources is None:
+            raise StructureError(
+                f"{call.path} takes an argument that is not known when {members[0].path} is called. "
+                "State the chain in smaller pieces with cachekit.Chain."
+            )
+        wiring.append(sources)
+    inside = set(positions)
+    outside = record.read | {
+        arg.token for k, call in enumerate(record.calls) if k not in inside for _, _, arg in _leaves(call)
+    }
+    found = []
+    for i, out in enumerate(members[-1].outs):
+        if isinstance(out, Leaf) and out.token in outside:
+            key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], wiring)
+            if key is None:
+                return None
+            base = members[0].args[key].spec
+            stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.dtype)
+            found.append((stream, TensorSpec(out.spec.shape, stream.residual, out.spec.device)))
+    if not found:
+        return None
+    order = list(members[0].args)
+    found.sort(key=lambda pair: order.index(pair[0].key))
+    span = Span(
+        name=_span_name(members),
+        paths=tuple(call.path for call in members),
+        wiring=tuple(wiring),
+        release=_release(wiring),
+        passing=tuple(_passing(record.calls[k], maps[k]) for k in positions),
+        treespecs=tuple(call.treespec for call in members),
+        streams=tuple(stream for stream, _ in found),
+        main=_main([stream for stream, _ in found], members[0]),
+        mutated=any(call.mutated for call in members),
+        front=front,
+    )
+    return span, tuple(residual for _, residual in found)
+
+
+def _passing(call: Call, streams: Mapping[int, Key]) -> tuple[Key | Const | None, ...]:
+    """What a block that was left out returns: its arguments; nobody looks at their values."""
+    passing: list[Key | Const | None] = []
+    for i, out in enumerate(call.outs):
+        if isinstance(out, Leaf):
+            passing.append(streams.get(i, _handed_through(call, i)))
+        else:
+            passing.append(out)
+    return tuple(passing)
+
+
+def _release(wiring: Sequence[Mapping[Key, Any]]) -> tuple[tuple[int, ...], ...]:
+    """For each block but the first, the earlier ones whose results it is the first not to need."""
+    last_use = {}
+    for n, sources in enumerate(wiring):
+        for source in sources.values():
+            for leaf in source.leaves if isinstance(source, Nested) else (source,):
+                if isinstance(leaf, FromOut):
+                    last_use[leaf.member] = n
+    return tuple(
+        tuple(member for member in range(n + 1) if last_use.get(member, member) == n - 1) for n in range(len(wiring))
+    )
+
+
+def _span_name(members: Sequence[Call]) -> str:
+    first, last = members[0], members[-1]
+    name = first.path if len(members) == 1 else f"{first.path}..{last.path}"
+    return name if not first.nth else f"{name}#{first.nth}"
+
+
+def _origin(member: int, leaf: int, members, maps, wiring) -> Key | None:
+    """Follow a result back through the span to the argument of the first block it continues."""
+    while True:
+        key = maps[member].get(leaf, _handed_through(members[member], leaf))
+        if key is None or member == 0:
+            return key if key is None or isinstance(members[0].args.get(key), Leaf) else None
+        source = wiring[member - 1][key]
+        if isinstance(source, FromArg):
+            return source.key if source.leaf == -1 else None
+        if not isinstance(source, FromOut):
+            return None
+        member, leaf = source.member, source.leaf
+
+
+def _handed_through(call: Call, leaf: int) -> Key | None:
+    token = call.outs[leaf].token
+    return next((key for key, arg in call.args.items() if isinstance(arg, Leaf) and arg.token == token), None)
+
+
+def _main(streams: Sequence[Stream], head: Call) -> int:
+    """The stream of the denoised tokens: the first argument that was computed from them."""
+    for i, stream in enumerate(streams):
+        if DENOISED in head.args[stream.key].labels:
+            return i
+    return 0
+
+
+def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, str]:
+    """Which chain is probed, and why.
+
+    The first chain on the denoised tokens in the run of lists that holds most of the block cost. A refiner stays
+    outside of the run: between it and the next list something enters that did not pass through it.
+    """
+    calls = record.calls
+
+    def inputs(chain: tuple[int, ...]) -> frozenset[int]:
+        head = calls[chain[0]]
+        labels = [head.args[key].labels for key in maps[chain[0]].values()]
+        return frozenset().union(*labels) if labels else frozenset()
+
+    denoised = [i for i, chain in enumerate(chains) if DENOISED in inputs(chain)]
+    if not denoised:
+        denoised = [i for i, chain in enumerate(chains) if inputs(chain) or maps[chain[0]]]
+    if not denoised:
+        raise StructureError(
+            "The model has no chain of blocks that a cache could reuse: no block continues one of its arguments. "
+            f"Lists of blocks that ran: {_lists(c.path for c in calls)}. State the structure with cachekit.Chain."
+        )
+    cost: dict[str, int] = {}
+    for i in denoised:
+        for k in chains[i]:
+            cost[list_name(calls[k].path)] = cost.get(list_name(calls[k].path), 0) + calls[k].flops
+    main = max(cost, key=lambda name: cost[name])
+    leader = next(i for i in denoised if any(list_name(calls[k].path) == main for k in chains[i]))
+    reason = f"{main} holds {cost[main] / max(1, sum(cost.values())):.0%} of the block cost"
+    while True:
+        feeding = {label for label in inputs(chains[leader]) if label >= 0}
+        before = [i for i in denoised if i < leader and feeding & set(chains[i])]
+        if not before:
+            return leader, reason
+        previous = before[-1]
+        passed = set(chains[previous]) | inputs(chains[previous])
+        if feeding - passed:
+            return leader, f"{reason}; {list_name(calls[chains[previous][0]].path)} before it refines one input alone"
+        leader = previous
+        reason = f"{reason}, and everything it is fed passes through {list_name(calls[chains[leader][0]].path)}"
+
+
+def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
+    """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
+
+    Raises:
+        StructureError: there is no chain, or nothing to skip in it.
+    """
+    if not record.calls:
+        raise StructureError(
+            "No block of the model ran: it has no nn.ModuleList of blocks, or the forward did not call them. "
+            "State the blocks with cachekit.Chain."
+        )
+    maps = stream_maps(record, stated)
+    if stated:
+        chains, leader, reason = _by_hand(record, stated), 0, "it is stated first"
+    else:
+        chains = chains_of(record, maps)
+        leader, reason = lead(record, maps, chains)
+    spans: list[tuple[Span, tuple, Sequence[int]]] = []
+    left = []
+    names = [_span_name([record.calls[k] for k in chain]) for chain in chains]
+    for i, chain in enumerate(chains):
+        if i < leader:
+            left.append(f"{names[i]}: runs before the leading chain")
+            continue
+        probe = chain[:front] if i == leader else ()
+        if len(probe) < front and i == leader:
+            raise StructureError(
+                f"`front` is {front}, but the leading chain {names[i]} has {len(chain)} blocks. Use a smaller front."
+            )
+        for piece in ([probe] if probe else []) + _closed(record, chain[len(probe) :]):
+            found = span_of(record, maps, piece, front=piece is probe)
+            if found is not None:
+                spans.append((*found, piece))
+            elif i == leader:
+                raise StructureError(_no_stream(record.calls[piece[0]]))
+            else:
+                left.append(f"{names[i]}: no argument is known that its result continues")
+    if all(span.front for span, _, _ in spans):
+        raise StructureError(
+            f"Nothing to skip: {names[leader]} is the only chain, and after its {front} front block(s) no block is "
+            "left. Use a policy without front blocks, e.g. mag_cache or step_mask."
+        )
+    home = {k: (s, m) for s, (_, _, piece) in enumerate(spans) for m, k in enumerate(piece)}
+    roles: dict[str, list[tuple[int, int]]] = {path: [] for span, _, _ in spans for path in span.paths}
+    for k, call in enumerate(record.calls):
+        if call.path in roles:
+            roles[call.path].append(home.get(k, (-1, -1)))
+    layout = Layout(
+        spans=tuple(span for span, _, _ in spans), roles={path: tuple(role) for path, role in roles.items()}
+    )
+    return Found(
+        layout=layout,
+        residuals=tuple(residuals for _, residuals, _ in spans),
+        chains=tuple(names),
+        leader=names[leader],
+        reason=reason,
+        left=tuple(left),
+        faked=record.faked,
+    )
+
+
+def _closed(record: Record, positions: Sequence[int]) -> list[tuple[int, ...]]:
+    """A run of calls cut into closed pieces: what follows the front blocks may have known more with them."""
+    pieces: list[list[int]] = []
+    for k in positions:
+        if pieces and _wiring(record.calls[k], [record.calls[j] for j in pieces[-1]]) is not None:
+            pieces[-1].append(k)
+        else:
+            pieces.append([k])
+    return [tuple(piece) for piece in pieces]
+
+
+def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
+    chains = []
+    for chain in stated:
+        paths = set(chain.paths(call.path for call in record.calls))
+        chains.append(tuple(k for k, call in enumerate(record.calls) if call.path in paths))
+    return chains
+
+
+def _no_stream(call: Call) -> str:
+    arguments = ", ".join(f"{key!r} {arg.spec}" for key, _, arg in _leaves(call))
+    results = ", ".join(str(out.spec) for out in call.outs if isinstance(out, Leaf))
+    return (
+        f"Which argument does the result of {call.path} ({call.kind}) continue? Results: {results or 'no tensor'}; "
+        f"arguments: {arguments or 'no tensor'}. State it with cachekit.Chain(blocks=..., streams={{0: argument}})."
+    )

@@ -1,0 +1,559 @@
+"""The transform: a model and a policy become a pure step function over an explicit state."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachekit.deciders import Moment, Sums
+from cachekit.deciders import plan as plan_of
+from cachekit.deciders._decider import ratio, take, trajectory
+from cachekit.discovery import discover
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
+from cachekit.policy import Policy
+from cachekit.programs import Programs, numbers
+from cachekit.shadow import block_paths, fingerprint, refresh, shadow, stale, stand_in, unwrap
+from cachekit.sites import EAGER, GRAPH, BlockSite, Frame, check_reached, run_framed
+from cachekit.state import State, fresh_log, human_bytes, state_bytes
+from cachekit.structure import Chain, Found, Layout, lay_out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The actions of a whole trajectory, known before it starts."""
+
+    computed: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.computed)
+
+    def __str__(self) -> str:
+        pattern = "".join("#" if computed else "." for computed in self.computed)
+        return f"{sum(self.computed)} of {len(self)} steps computed  {pattern}"
+
+
+def cache(model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None) -> CachedStep:
+    """Make a cached step function of a model. The model itself stays untouched.
+
+    Args:
+        model: any nn.Module made of nn.ModuleList blocks. Nobody has to edit its forward.
+        policy: the caching method, e.g. `first_block_cache(0.1)`.
+        structure: the chains of blocks, stated by hand; None finds them in one forward on fake tensors.
+
+    Returns:
+        The step. `step.init(...)` makes a state, `step(state, ...)` returns what the model returns, and the next
+        state.
+
+    Raises:
+        ArgumentTypeError: `model` is no module, `policy` no policy, `structure` no chain.
+        StructureError: the model has no list of blocks.
+
+    Example:
+        A guided loop: two branches with prompts of unequal length are two states of one step, and nothing is told
+        apart by the order of the calls.
+
+        >>> import torch, cachekit as ck
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mix = torch.nn.Linear(8, 8)
+        ...     def forward(self, x, text):
+        ...         return x + 0.1 * self.mix(x + text.mean(1, keepdim=True))
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = torch.nn.ModuleList(Block() for _ in range(4))
+        ...     def forward(self, x, t, text):
+        ...         for block in self.blocks:
+        ...             x = block(x, text)
+        ...         return x * t
+        >>> x, prompt, nothing = torch.randn(1, 6, 8), torch.randn(1, 5, 8), torch.zeros(1, 1, 8)
+        >>> timesteps = torch.linspace(1, 0.1, 10)
+        >>> step = ck.cache(Model(), ck.first_block_cache(0.2))
+        >>> with torch.no_grad():
+        ...     cond = step.init(timesteps, x, timesteps[0], prompt)
+        ...     uncond = step.init(timesteps, x, timesteps[0], nothing)
+        ...     for t in timesteps:
+        ...         with_prompt, cond = step(cond, x, t, prompt)
+        ...         without, uncond = step(uncond, x, t, nothing)
+        ...         x = x - 0.1 * (without + 3.0 * (with_prompt - without))
+        >>> ck.summary(cond).steps, ck.summary(uncond).steps
+        (10, 10)
+
+        Two transformers that share a trajectory (one for the noisy, one for the clean half) are two steps with
+        two states; each counts the steps it runs.
+
+        >>> high, low = (ck.cache(Model(), ck.step_mask([1, 0] * 5)) for _ in range(2))
+        >>> with torch.no_grad():
+        ...     states = [
+        ...         high.init(timesteps[:4], x, timesteps[0], prompt),
+        ...         low.init(timesteps[4:], x, timesteps[0], prompt),
+        ...     ]
+        ...     for i, t in enumerate(timesteps):
+        ...         n = 0 if i < 4 else 1
+        ...         out, states[n] = (high, low)[n](states[n], x, t, prompt)
+        >>> [ck.summary(state).steps for state in states]
+        [4, 6]
+    """
+    return CachedStep(model, policy, structure)
+
+
+class CachedStep(nn.Module):
+    """A model under a caching policy: made by `cache`, called as `out, state = step(state, *args, **kwargs)`.
+
+    It runs as it is (eager), under `torch.compile(step, fullgraph=True)` and `torch.export` (one graph that
+    decides inside), and as `step.compile()` (one program an action, the host picks). Use one grad mode for `init`
+    and all steps of a trajectory.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+        if isinstance(model, CachedStep):
+            raise ArgumentTypeError("`model` is a cached step already. Give cache the model itself.")
+        if not isinstance(policy, Policy):
+            raise ArgumentTypeError(
+                f"`policy` must be a Policy, got {type(policy).__name__}. Use e.g. cachekit.first_block_cache(0.1)."
+            )
+        stated = (structure,) if isinstance(structure, Chain) else tuple(structure or ())
+        if not all(isinstance(chain, Chain) for chain in stated):
+            raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
+        self.policy = policy
+        self.structure = stated
+        # Not registered: the shadow holds the same parameters, under the same names.
+        self.__dict__["original"] = unwrap(model)
+        self._named = tuple(name for chain in stated if not isinstance(chain.blocks, str) for name in chain.blocks)
+        for name in self._named:
+            _submodule(self.original, name)
+        if not block_paths(self.original, self._named):
+            raise StructureError(
+                f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
+                f"children: {', '.join(name for name, _ in self.original.named_children()) or 'none'}. Put the blocks "
+                "in an nn.ModuleList, or name them with cachekit.Chain."
+            )
+        self._lock = threading.Lock()
+        self._programs: Programs | None = None
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._found: dict[Any, Found] = {}
+        self._derive()
+
+    # What stands where ---------------------------------------------------------------------------------------
+
+    def _derive(self) -> None:
+        """Build the shadow. Discoveries belong to the modules they were made on, so they go."""
+        paths = block_paths(self.original, self._named)
+        blocks = {path: self.original.get_submodule(path) for path in paths}
+        sites = {path: stand_in(block, BlockSite) for path, block in blocks.items()}
+        for path, site in sites.items():
+            site.__dict__.update(_path=path, _block=blocks[path])
+        self.shadow = shadow(self.original, sites)
+        self._blocks = self._regional(blocks)
+        self._fingerprint = fingerprint(self.original)
+        self._found.clear()
+
+    def _regional(self, blocks: dict[str, nn.Module]) -> dict[str, Callable[..., Any]]:
+        """The blocks as they are called: compiled one by one where `compile(regional=True)` asked for it."""
+        options = self.__dict__.get("_block_options")
+        if options is None:
+            return dict(blocks)
+        return {path: torch.compile(block, **options) for path, block in blocks.items()}
+
+    def _discover(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        if device is None:
+            device = _device(self.original, args, kwargs)
+        signature = _signature(args, kwargs, device)
+        with self._lock:
+            if stale(self._fingerprint, self.original) is not None:
+                self._derive()
+            refresh(self.original, self.shadow, self._blocks)
+            if signature not in self._found:
+                _refuse(self.original)
+                record = discover(self.original, list(self._blocks), args, kwargs, torch.device(device))
+                self._found[signature] = self._named_apart(lay_out(record, self.policy.front, self.structure))
+            return self._found[signature]
+
+    def _named_apart(self, found: Found) -> Found:
+        """Register a layout under the names of its sites; another one of the same names gets other names."""
+        layout, version = found.layout, 1
+        while True:
+            names = tuple(span.name for span in layout.sites)
+            known = self._layouts.setdefault(names, layout)
+            if known is layout or known == layout:
+                return found._replace(layout=known)
+            version += 1
+            spans = tuple(span._replace(name=f"{span.name}~{version}") for span in found.layout.spans)
+            layout = found.layout._replace(spans=spans)
+
+    # Making states -------------------------------------------------------------------------------------------
+
+    def init(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> State:
+        """A state for a trajectory. Nothing is computed: only shapes count.
+
+        Args:
+            timesteps: the timesteps of the trajectory, length T, or only their number.
+            *args, **kwargs: the arguments of the first call of the model.
+            device: where the cached tensors live; None for where the model runs.
+
+        Returns:
+            The state before step 0. Its tree, shapes, dtypes and devices stay the same at every step.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: `timesteps` is no trajectory, or does not fit the policy.
+            StructureError: no chain of blocks is found, or the policy has nothing to skip in it.
+        """
+        times = trajectory(timesteps)
+        found = self._discover(args, kwargs, device)
+        plan, decider = self._fresh(times)
+        sites, reference = {}, ()
+        for span, residuals in zip(found.layout.spans, found.residuals, strict=True):
+            examples = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in residuals]
+            if span.front:
+                reference = examples[span.main]
+            else:
+                sites[span.name] = tuple(self.policy.forecaster.init(example) for example in examples)
+        computed, signal = fresh_log(len(times))
+        state = State(
+            step=torch.zeros((), dtype=torch.int64),
+            timesteps=times,
+            plan=plan,
+            decider=decider,
+            reference=reference,
+            sites=sites,
+            computed=computed,
+            signal=signal,
+        )
+        return _mark(state)
+
+    def init_like(self, state: State, timesteps: int | Sequence[float] | Tensor | None = None) -> State:
+        """A fresh state of the same shapes, for another image: no discovery.
+
+        Args:
+            state: any state of this step.
+            timesteps: of the new trajectory; None for those of `state`.
+        """
+        self._check_state(state)
+        times = state.timesteps.clone() if timesteps is None else trajectory(timesteps)
+        plan, decider = self._fresh(times)
+        computed, signal = fresh_log(len(times))
+        fresh = State(
+            step=torch.zeros_like(state.step),
+            timesteps=times,
+            plan=plan,
+            decider=decider,
+            reference=pytree.tree_map(torch.zeros_like, state.reference),
+            sites=pytree.tree_map(torch.zeros_like, state.sites),
+            computed=computed,
+            signal=signal,
+        )
+        return _mark(fresh)
+
+    def _fresh(self, times: Tensor) -> tuple[Any, Any]:
+        if self.policy.decider.static:
+            return torch.tensor(plan_of(self.policy.decider, times)), ()
+        return (), self.policy.decider.init(times)
+
+    def plan(self, timesteps: int | Sequence[float] | Tensor) -> Plan | None:
+        """The actions of a trajectory where they are known beforehand, None where they depend on the data."""
+        if not self.policy.decider.static:
+            trajectory(timesteps)
+            return None
+        return Plan(plan_of(self.policy.decider, timesteps))
+
+    def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> str:
+        """What would happen, before anything runs: chains, sites, bytes of state, the plan."""
+        with torch.no_grad():
+            state = self.init(timesteps, *args, device=device, **kwargs)
+        found = self._discover(args, kwargs, device)
+        rows = [f"{type(self.original).__name__} under {self.policy.name}"]
+        how = "a forward on fake tensors" if found.faked else "one real forward (it branches on data or is patched)"
+        rows.append(f"found by {how}: {len(found.chains)} chains")
+        rows.append(f"leading chain: {found.leader} ({found.reason})")
+        rows += [f"always runs: {entry}" for entry in found.left]
+        rows.append(f"{'site':<58} {'blocks':>6} {'streams':>7} {'state':>10}")
+        for span in found.layout.spans:
+            held = state.reference if span.front else state.sites[span.name]
+            name = f"{span.name} (probe, always runs)" if span.front else span.name
+            size = human_bytes(state_bytes(held))
+            rows.append(f"{name:<58} {len(span.paths):>6} {1 if span.front else len(span.streams):>7} {size:>10}")
+        rows.append(f"total state: {human_bytes(state_bytes(state))} ({state_bytes(state)} bytes)")
+        plan = self.plan(timesteps)
+        rows.append(f"plan: {plan}" if plan else f"plan: none, decided step by step ({self.policy.decider.name})")
+        return "\n".join(rows)
+
+    # Running -------------------------------------------------------------------------------------------------
+
+    def forward(self, state: State, /, *args, **kwargs) -> tuple[Any, State]:
+        """One denoising step: exactly what the model returns, and the next state. `state` is not changed.
+
+        Raises:
+            StateError: the trajectory is over, or the state was made for other shapes, dtypes or devices.
+            StructureError: a module was replaced since `init`, or the forward took another way.
+        """
+        if torch.compiler.is_compiling():
+            return self._in_graph(state, args, kwargs)
+        return self._on_host(state, args, kwargs)
+
+    def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
+        layout = self._check_state(state)
+        changed = stale(self._fingerprint, self.original)
+        if changed is not None:
+            raise StructureError(
+                f"{changed} was added, removed or replaced since init. Make a new state with step.init: it takes the "
+                "change up."
+            )
+        refresh(self.original, self.shadow, self._blocks)
+        index, steps = int(state.step), len(state.timesteps)
+        if index >= steps:
+            raise StateError(
+                f"The state has done all {steps} of its timesteps. Start another trajectory with step.init or "
+                "step.init_like."
+            )
+        moment = Moment(index, float(state.timesteps[index]), steps, Sums(math.nan, math.nan))
+        if self._programs is not None:
+            return self._programs.run(self, layout, state, moment, args, kwargs)
+        frame = self.frame(EAGER, layout, state.sites, state.reference, self.clock(state))
+        frame["compute"] = self.verdict(state, moment) if not self.policy.probed else None
+        frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(sums)))
+        out = run_framed(frame, self.shadow, args, kwargs)
+        check_reached(frame)
+        return out, self.advance(
+            state, moment, frame["compute"], frame["updated"], frame["residual"], frame["sums"]
+        )
+
+    def verdict(self, state: State, moment: Moment) -> bool:
+        """Whether this step computes. Step 0 does: nothing is cached yet."""
+        if self.policy.decider.static:
+            return bool(state.plan[moment.step])
+        return moment.step == 0 or bool(self.policy.decider.decide(state.decider, moment))
+
+    def advance(self, state: State, moment: Moment, computed: bool, updated, residual, sums) -> State:
+        """The next state, on the host. Only what changed is new."""
+        if sums is not None:
+            moment = moment._replace(signal=numbers(sums))
+        decider = state.decider
+        if not self.policy.decider.static:
+            decider = self.policy.decider.update(state.decider, moment, computed)
+        at = state.step.reshape(1)
+        return State(
+            step=state.step + 1,
+            timesteps=state.timesteps,
+            plan=state.plan,
+            decider=decider,
+            reference=residual if computed and residual is not None else state.reference,
+            sites={**state.sites, **updated},
+            computed=state.computed.index_fill(0, at, computed),
+            signal=state.signal.index_fill(0, at, ratio(moment.signal)),
+        )
+
+    def layout(self, names: tuple[str, ...]) -> Layout:
+        """The layout whose sites have these names."""
+        return self._layouts[names]
+
+    def _in_graph(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
+        layout = self.layout(tuple(state.sites))
+        steps = state.timesteps.shape[0]
+        torch._assert_async(
+            state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
+        )
+        nan = torch.full((), math.nan, dtype=torch.float64)
+        moment = Moment(
+            step=state.step,
+            timestep=take(state.timesteps, state.step),
+            steps=torch.full((), steps, dtype=torch.int64),
+            signal=Sums(nan, nan),
+        )
+        policy = self.policy
+        frame = self.frame(GRAPH, layout, state.sites, state.reference, self.clock(state))
+        if policy.decider.static:
+            frame["compute"] = take(state.plan, state.step)
+
+        def decide(sums):
+            seen = moment._replace(signal=_tensors(sums))
+            return (state.step == 0) | policy.decider.decide(state.decider, seen)
+
+        frame["decide"] = decide
+        out = run_framed(frame, self.shadow, args, kwargs)
+        check_reached(frame)
+        computed = frame["compute"]
+        if frame["sums"] is not None:
+            moment = moment._replace(signal=_tensors(frame["sums"]))
+        decider, reference = state.decider, state.reference
+        if not policy.decider.static:
+            decider = policy.decider.update(state.decider, moment, computed)
+        if layout.spans[0].front:
+            residual = frame["residual"]
+            reference = torch.where(computed.to(residual.device), residual, state.reference)
+        at = (state.step.reshape(1),)
+        signal = ratio(moment.signal)
+        return out, State(
+            step=state.step + 1,
+            timesteps=state.timesteps,
+            plan=state.plan,
+            decider=decider,
+            reference=reference,
+            sites={**state.sites, **frame["updated"]},
+            computed=state.computed.index_put(at, computed.reshape(1)),
+            signal=state.signal.index_put(at, signal.reshape(1)),
+        )
+
+    def frame(self, mode: str, layout: Layout, sites, reference, now, carried=None) -> Frame:
+        """All that the sites need during one call."""
+        policy = self.policy
+        return {
+            "mode": mode,
+            "layout": layout,
+            "blocks": self._blocks,
+            "forecaster": policy.forecaster,
+            "signal": policy.signal,
+            "observe": policy.signal is not None and not policy.front,
+            "sites": sites,
+            "reference": reference,
+            "now": now,
+            "carried": carried,
+            "residual": None,
+            "compute": None,
+            "sums": None,
+            "updated": {},
+            "counts": {},
+            "heads": {},
+            "results": {},
+            "handed": {},
+        }
+
+    def clock(self, state: State) -> Tensor | None:
+        """The step as forecasters see it: float32, where the cached tensors are."""
+        if not self.policy.forecaster.timed:
+            return None
+        first = pytree.tree_leaves(state.sites)[0]
+        return state.step.to(device=first.device, dtype=torch.float32)
+
+    def _check_state(self, state: State) -> Layout:
+        if not isinstance(state, State):
+            raise ArgumentTypeError(
+                f"`state` must be a cachekit State, got {type(state).__name__}. Make one with step.init(timesteps, ...) "
+                "and call step(state, ...)."
+            )
+        layout = self._layouts.get(tuple(state.sites))
+        if layout is None:
+            raise StateError(
+                f"`state` has the sites {list(state.sites)}, this step knows {[list(names) for names in self._layouts]}. "
+                "Call step.init once with the arguments of the model, also before a state that was saved is used."
+            )
+        if isinstance(state.plan, Tensor) != self.policy.decider.static:
+            raise StateError(f"`state` was made under another policy than {self.policy.name}. Use its own step.")
+        return layout
+
+    # Compiling and exporting ---------------------------------------------------------------------------------
+
+    def compile(self, *, regional: bool = False, **torch_compile_kwargs) -> CachedStep:  # type: ignore[override]
+        """A new step that runs compiled; this one stays as it is.
+
+        One program an action, each a full graph: the host picks. A policy with front blocks has three (probe,
+        compute, reuse), one without has two. Nothing recompiles from step to step, from trajectory to trajectory
+        or with another number of steps.
+
+        Args:
+            regional: compile every distinct class of block once instead and leave the glue eager: a large model
+                compiles several times faster this way.
+            **torch_compile_kwargs: for torch.compile, e.g. `mode="max-autotune"`. `fullgraph` is on.
+
+        Example:
+            >>> import torch, cachekit as ck
+            >>> class Model(torch.nn.Module):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+            ...     def forward(self, x):
+            ...         for block in self.blocks:
+            ...             x = block(x)
+            ...         return x
+            >>> step = ck.cache(Model(), ck.step_mask([1, 0, 1])).compile(backend="eager")
+            >>> with torch.no_grad():
+            ...     state = step.init(3, torch.ones(1, 2, 4))
+            ...     for _ in range(3):
+            ...         out, state = step(state, torch.ones(1, 2, 4))
+            >>> ck.summary(state).computed
+            (True, False, True)
+        """
+        options = {"fullgraph": True, **torch_compile_kwargs}
+        made = CachedStep(self.original, self.policy, self.structure)
+        if regional:
+            made.__dict__["_block_options"] = options
+            made._derive()
+        else:
+            made._programs = Programs(options)
+        made._layouts.update(self._layouts)
+        return made
+
+    def export(self, path, state: State, /, *args, **kwargs) -> None:
+        """Package the step, decision and all, with AOTInductor. See `cachekit.packaging.export`."""
+        from cachekit.packaging import export
+
+        export(self, path, state, args, kwargs)
+
+    def extra_repr(self) -> str:
+        return self.policy.name
+
+
+def _tensors(sums) -> Sums:
+    both = torch.stack(tuple(sums)).to(device="cpu", dtype=torch.float64)
+    return Sums(both[0], both[1])
+
+
+def _mark(state: State) -> State:
+    """Let the length of the trajectory be dynamic, so that another number of steps is the same graph."""
+    for log in (state.timesteps, state.computed, state.signal, *pytree.tree_leaves((state.plan, state.decider))):
+        if log.ndim == 1 and len(log) > 1:
+            torch._dynamo.maybe_mark_dynamic(log, 0)
+    return state
+
+
+def _signature(args: tuple, kwargs: Mapping[str, Any], device) -> Any:
+    leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    parts = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
+        elif isinstance(leaf, (bool, int, float, str, type(None))):
+            parts.append((type(leaf), leaf))
+        else:
+            parts.append(type(leaf))
+    kind = torch.device(device).type
+    cast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return tuple(parts), str(treespec), str(device), cast
+
+
+def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:
+    """Where the model runs: an offloader may keep the weights elsewhere, so an accelerator's input wins."""
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+            return leaf.device
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ArgumentError(f"`structure` names the block {name!r}, which {type(model).__name__} does not have.") from error
+
+
+def _refuse(model: nn.Module) -> None:
+    """Ask the integration with diffusers, where that library is in use, whether something stands in the way."""
+    import sys
+
+    if "diffusers" in sys.modules:
+        from cachekit.diffusers.compat import refuse
+
+        refuse(model)
