@@ -145,6 +145,7 @@ class Recorder(TorchDispatchMode):
         self._labels = WeakIdKeyDictionary()
         self._lineage = WeakIdKeyDictionary()
         self._results: set[int] = set()
+        self._written: dict[int, frozenset[int]] = {}  # storage -> labels of what was written into it
         self._containers: list[Any] = []  # kept alive, so that an id stays one object's
         self._container_tokens: dict[int, int] = {}
         self._count = 0
@@ -160,6 +161,10 @@ class Recorder(TorchDispatchMode):
             found = self._tokens[tensor] = self._count
         return found
 
+    def labels(self, tensor: Tensor) -> frozenset[int]:
+        """What a tensor was computed from: calls, and DENOISED."""
+        return self._labels.get(tensor, frozenset()) | self._written.get(_storage(tensor), frozenset())
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -170,10 +175,17 @@ class Recorder(TorchDispatchMode):
                 if token in self._results:
                     self.read.add(token)
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        labels = frozenset().union(*(self._labels.get(tensor, frozenset()) for tensor in inputs))
-        lineage = self._carried(func, inputs, args)
+        labels = frozenset().union(*(self.labels(tensor) for tensor in inputs))
+        lineage = self._carried(func, inputs)
+        shared = {_storage(tensor) for tensor in inputs}
         for tensor in outputs:
             self._labels[tensor] = labels
+            storage = _storage(tensor)
+            if storage not in shared:
+                self._written.pop(storage, None)  # a new tensor at an old address
+            elif func._schema.is_mutable:
+                # A write through a view is seen by whoever reads the rest.
+                self._written[storage] = self._written.get(storage, frozenset()) | labels
             if lineage:
                 self._lineage[tensor] = lineage
             elif tensor in self._lineage:
@@ -183,7 +195,7 @@ class Recorder(TorchDispatchMode):
             self.flops += int(count(*args, **kwargs, out_val=out))
         return out
 
-    def _carried(self, func, inputs, args) -> frozenset:
+    def _carried(self, func, inputs) -> frozenset:
         name = func._schema.name.rpartition("::")[2]
         if name in ADDITIONS:
             sources = inputs[:1] if name.startswith("addcmul") else inputs
@@ -218,7 +230,7 @@ class Recorder(TorchDispatchMode):
         lineage = {}
         for i, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                self._labels[leaf] = self._labels.get(leaf, frozenset()) | {index}
+                self._labels[leaf] = self.labels(leaf) | {index}
                 self._results.add(self.token(leaf))
                 lineage[i] = frozenset(key for n, key in self._lineage.get(leaf, ()) if n == index)
         path = site._path
@@ -241,7 +253,7 @@ class Recorder(TorchDispatchMode):
     def _node(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
-            return Leaf(self.token(value), spec, self._labels.get(value, frozenset()))
+            return Leaf(self.token(value), spec, self.labels(value))
         leaves, treespec = pytree.tree_flatten(value)
         if treespec.is_leaf():
             return Const(value)
@@ -254,3 +266,7 @@ class Recorder(TorchDispatchMode):
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

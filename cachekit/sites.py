@@ -221,7 +221,7 @@ def _front(frame: Frame, span: Span, args: tuple, kwargs: Mapping[str, Any]) -> 
     bases = _bases(span, args, kwargs)
     output = _run(frame, span, args, kwargs)
     values = _values(span, output)
-    residual = (values[span.main] - bases[span.main]).detach()
+    residual = (values[span.main] - bases[span.main]).detach().contiguous()
     check_like(frame["reference"], residual, frame["reference"].dtype, span.paths[0])
     frame["residual"] = residual
     sums = tuple(frame["signal"](residual, frame["reference"]))
