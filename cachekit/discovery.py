@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,17 +36,16 @@ VIEWS = {
 
 def discover(model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device) -> Record:
     """Record the forward of `model(*args, **kwargs)` with the blocks `paths`. The model is left as it was."""
-    denoised = _denoised(model, args, kwargs)
     if any(_patched(module) for module in model.modules()):
         # What a patched forward closes over cannot be copied safely.
-        return _record(model, paths, args, dict(kwargs), denoised, faked=False)
+        return _record(model, paths, args, dict(kwargs), faked=False)
     try:
-        return _fake(model, paths, args, kwargs, device, denoised)
+        return _fake(model, paths, args, kwargs, device)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
         try:
-            return _record(model, paths, args, dict(kwargs), denoised, faked=False)
+            return _record(model, paths, args, dict(kwargs), faked=False)
         except CacheError:
             raise
         except Exception as error:
@@ -62,7 +62,7 @@ def _patched(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
 
 
-def _fake(model, paths, args, kwargs, device, denoised) -> Record:
+def _fake(model, paths, args, kwargs, device) -> Record:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -91,21 +91,20 @@ def _fake(model, paths, args, kwargs, device, denoised) -> Record:
         return converted[id(value)]
 
     fake_args, fake_kwargs = pytree.tree_map(fake_input, (args, dict(kwargs)))
-    fake_denoised = [converted[id(value)] for value in denoised if id(value) in converted]
     with mode:
-        return _record(twin, paths, fake_args, fake_kwargs, fake_denoised, faked=True)
+        return _record(twin, paths, fake_args, fake_kwargs, faked=True)
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
 
 
-def _record(model, paths, args, kwargs, denoised, *, faked: bool) -> Record:
+def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
     sites = {}
     for path in paths:
         sites[path] = stand_in(model.get_submodule(path), BlockSite)
         sites[path].__dict__.update(_path=path, _block=model.get_submodule(path))
-    recorder = Recorder(denoised)
+    recorder = Recorder(_inputs(model, args, kwargs))
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = shadow(model, sites)(*args, **kwargs)
     for leaf in pytree.tree_leaves(out):
@@ -114,28 +113,39 @@ def _record(model, paths, args, kwargs, denoised, *, faked: bool) -> Record:
     return Record(calls=tuple(recorder.calls), read=frozenset(recorder.read), faked=faked)
 
 
-def _denoised(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of the first argument of the forward: by convention what is being denoised."""
-    candidates = list(args[:1])
-    for forward in (model.forward, type(model).forward):
-        names = [
-            name
-            for name, parameter in inspect.signature(forward).parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD) and name != "self"
-        ]
-        candidates += [kwargs[name] for name in names[:1] if name in kwargs]
-    candidates += [*args, *kwargs.values()]
-    for candidate in candidates:
-        tensors = [leaf for leaf in pytree.tree_leaves(candidate) if isinstance(leaf, Tensor)]
-        if tensors:
-            return tensors
-    return []
+def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Tensor]]:
+    """The tensors of each argument, first those of the forward's first: by convention what is being denoised."""
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    tensors = {
+        name: [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        for name, value in given.items()
+    }
+    names = [name for name in tensors if tensors[name]]
+    if not args:
+        for forward in (type(model).forward, model.forward):
+            parameters = [name for name in inspect.signature(forward).parameters if name != "self"]
+            if parameters and parameters[0] in names:
+                names.remove(parameters[0])
+                names.insert(0, parameters[0])
+    return [tensors[name] for name in names]
 
 
 class Recorder(TorchDispatchMode):
     """Follows identity, origin and additions of every tensor through a forward."""
 
-    def __init__(self, denoised: Sequence[Tensor]) -> None:
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled pieces of a model (flex attention is one) run under this mode as they run without it."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """And are one operator each to it."""
+        return True
+
+    def __init__(self, inputs: Sequence[Sequence[Tensor]]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.read: set[int] = set()
@@ -150,8 +160,9 @@ class Recorder(TorchDispatchMode):
         self._container_tokens: dict[int, int] = {}
         self._count = 0
         self._seen: dict[str, int] = {}
-        for tensor in denoised:
-            self._labels[tensor] = frozenset({DENOISED})
+        for n, tensors in enumerate(inputs):
+            for tensor in tensors:
+                self._labels[tensor] = self._labels.get(tensor, frozenset()) | {DENOISED - n}
 
     def token(self, tensor: Tensor) -> int:
         """The same int for the same object."""
@@ -162,7 +173,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def labels(self, tensor: Tensor) -> frozenset[int]:
-        """What a tensor was computed from: calls, and DENOISED."""
+        """What a tensor was computed from: calls of blocks, and arguments of the model."""
         return self._labels.get(tensor, frozenset()) | self._written.get(_storage(tensor), frozenset())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -177,26 +188,27 @@ class Recorder(TorchDispatchMode):
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         labels = frozenset().union(*(self.labels(tensor) for tensor in inputs))
         lineage = self._carried(func, inputs)
+        mutable = isinstance(func, OpOverload) and func._schema.is_mutable
         shared = {_storage(tensor) for tensor in inputs}
         for tensor in outputs:
             self._labels[tensor] = labels
             storage = _storage(tensor)
             if storage not in shared:
                 self._written.pop(storage, None)  # a new tensor at an old address
-            elif func._schema.is_mutable:
+            elif mutable:
                 # A write through a view is seen by whoever reads the rest.
                 self._written[storage] = self._written.get(storage, frozenset()) | labels
             if lineage:
                 self._lineage[tensor] = lineage
             elif tensor in self._lineage:
                 del self._lineage[tensor]
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(getattr(func, "_overloadpacket", func))
         if count is not None and self.depth:
             self.flops += int(count(*args, **kwargs, out_val=out))
         return out
 
     def _carried(self, func, inputs) -> frozenset:
-        name = func._schema.name.rpartition("::")[2]
+        name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else ""
         if name in ADDITIONS:
             sources = inputs[:1] if name.startswith("addcmul") else inputs
         elif name in VIEWS:

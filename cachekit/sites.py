@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
-from cachekit.structure import Const, FromArg, FromOut, Key, Nested, Span, Stream
+from cachekit.structure import Const, Key, Span, Stream
 
 # How a frame is run.
 RECORD = "record"  # write the structure down
@@ -97,25 +97,23 @@ def _at(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     if index < 0:
         return frame["blocks"][path](*args, **kwargs)
     span = frame["layout"].spans[index]
-    if member == 0:
-        frame["heads"][index] = (args, kwargs)
-        frame["results"][index] = _front(frame, span, args, kwargs) if span.front else _site(frame, span, args, kwargs)
-        frame["handed"][index] = []
-    elif index not in frame["heads"]:
-        raise StructureError(f"{path} is called before {span.paths[0]}, unlike at init. Make a new state with step.init.")
-    else:
-        _check_wiring(frame, index, span, member, args, kwargs)
-    output, values = frame["results"][index]
+    calls = frame["calls"].setdefault(index, [])
+    if len(calls) != member:
+        raise StructureError(
+            f"{path} is called before {span.paths[len(calls)]}, unlike at init. Make a new state with step.init."
+        )
+    handed = frame["handed"].setdefault(index, [])
+    _check_links(span, member, args, kwargs, handed)
+    calls.append((args, kwargs))
+    found = {}
     if member == len(span.paths) - 1:
+        output, values = _front(frame, span, calls) if span.front else _site(frame, span, calls)
         if output is not None:
             return output
         found = {stream.leaf: value for stream, value in zip(span.streams, values, strict=True)}
-    else:
-        found = {}
-    leaves = [
-        found[i] if i in found else _passed(key, args, kwargs) for i, key in enumerate(span.passing[member])
-    ]
-    frame["handed"][index].append(leaves)
+    # Until the last block is called each hands on what it was given. Nobody looks at the values.
+    leaves = [found[i] if i in found else _passed(key, args, kwargs) for i, key in enumerate(span.passing[member])]
+    handed.append(leaves)
     return _assemble(span.treespecs[member], leaves)
 
 
@@ -129,35 +127,18 @@ def _argument(key: Key, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[key] if isinstance(key, int) else kwargs[key]
 
 
-def _check_wiring(frame: Frame, index: int, span: Span, member: int, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse a block whose arguments are not those that it was run with, or would have been."""
-    head_args, head_kwargs = frame["heads"][index]
-    wiring = span.wiring[member - 1]
-    if len(args) + len(kwargs) != len(wiring):
-        raise _changed(span, member, "the number of its arguments")
-    for key, source in wiring.items():
-        if isinstance(key, int) and key >= len(args) or not isinstance(key, int) and key not in kwargs:
-            raise _changed(span, member, f"argument {key!r}")
-        given = _argument(key, args, kwargs)
-        if not isinstance(given, Tensor):
-            continue
-        if isinstance(source, FromArg):
-            expected = _argument(source.key, head_args, head_kwargs)
-            if source.leaf >= 0:
-                expected = pytree.tree_leaves(expected)[source.leaf]
-        elif isinstance(source, FromOut):
-            expected = frame["handed"][index][source.member][source.leaf]
-        else:
-            continue
-        if expected is not None and given is not expected:
-            raise _changed(span, member, f"argument {key!r}")
-
-
-def _changed(span: Span, member: int, what: str) -> StructureError:
-    return StructureError(
-        f"{what} of {span.paths[member]} is not what it was at init: the forward took another way. "
-        "Make a new state with step.init and the arguments of this call."
-    )
+def _check_links(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], handed: list[list[Any]]) -> None:
+    """Refuse a stream that is not what an earlier block handed on: something else has happened to it since."""
+    for link in span.links[member]:
+        there = link.key < len(args) if isinstance(link.key, int) else link.key in kwargs
+        given = _argument(link.key, args, kwargs) if there else None
+        if link.leaf >= 0:
+            given = pytree.tree_leaves(given)[link.leaf]
+        if given is not handed[link.member][link.out]:
+            raise StructureError(
+                f"Argument {link.key!r} of {span.paths[member]} is not what {span.paths[link.member]} returned, as it "
+                "was at init: the forward took another way. Make a new state with step.init and these arguments."
+            )
 
 
 def _assemble(treespec: Any, leaves: list[Any]) -> Any:
@@ -176,36 +157,34 @@ def _leaf(output: Any, treespec: Any, leaf: int) -> Any:
     return pytree.tree_leaves(output)[leaf]
 
 
-def _run(frame: Frame, span: Span, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """Run the blocks of a span on the arguments of the first."""
-    blocks = frame["blocks"]
-    output = blocks[span.paths[0]](*args, **kwargs)
+def _run(frame: Frame, span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
+    """Run the blocks of a span, each on its own arguments and the results of those before."""
     outputs: list[Any] = []
-    for n, wiring in enumerate(span.wiring):
-        outputs.append(output)
-        for member in span.release[n]:
-            outputs[member] = None
-        given = {key: _resolve(source, span, args, kwargs, outputs) for key, source in wiring.items()}
-        positional = [value for key, value in given.items() if isinstance(key, int)]
-        named = {key: value for key, value in given.items() if not isinstance(key, int)}
-        del given
-        output = blocks[span.paths[n + 1]](*positional, **named)
-    return output
+    for member, (args, kwargs) in enumerate(calls):
+        if span.links[member]:
+            args, kwargs = _linked(span, member, args, kwargs, outputs)
+        for earlier in span.release[member]:
+            outputs[earlier] = None
+        outputs.append(frame["blocks"][span.paths[member]](*args, **kwargs))
+        del args, kwargs
+    return outputs[-1]
 
 
-def _resolve(source: Any, span: Span, args: tuple, kwargs: Mapping[str, Any], outputs: list[Any]) -> Any:
-    if isinstance(source, FromArg):
-        value = _argument(source.key, args, kwargs)
-        return value if source.leaf < 0 else pytree.tree_leaves(value)[source.leaf]
-    if isinstance(source, FromOut):
-        return _leaf(outputs[source.member], span.treespecs[source.member], source.leaf)
-    if isinstance(source, Nested):
-        leaves = [_resolve(leaf, span, args, kwargs, outputs) for leaf in source.leaves]
-        return pytree.tree_unflatten(leaves, source.treespec)
-    return source.value
+def _linked(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], outputs: list[Any]) -> tuple[list, dict]:
+    positional, named = list(args), dict(kwargs)
+    for link in span.links[member]:
+        value = _leaf(outputs[link.member], span.treespecs[link.member], link.out)
+        place: Any = positional if isinstance(link.key, int) else named
+        if link.leaf >= 0:
+            leaves, treespec = pytree.tree_flatten(place[link.key])
+            leaves[link.leaf] = value
+            value = pytree.tree_unflatten(leaves, treespec)
+        place[link.key] = value
+    return positional, named
 
 
-def _bases(span: Span, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _bases(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[Tensor]:
+    args, kwargs = calls[0]
     bases = [_argument(stream.key, args, kwargs) for stream in span.streams]
     return [base.clone() for base in bases] if span.mutated else bases
 
@@ -214,12 +193,12 @@ def _values(span: Span, output: Any) -> list[Tensor]:
     return [_leaf(output, span.treespecs[-1], stream.leaf) for stream in span.streams]
 
 
-def _front(frame: Frame, span: Span, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     """The probe: its blocks run, and their residual is measured against that of the last computed step."""
     if frame["mode"] in (COMPUTE, REUSE) and frame["carried"] is not None:
         return None, list(frame["carried"])
-    bases = _bases(span, args, kwargs)
-    output = _run(frame, span, args, kwargs)
+    bases = _bases(span, calls)
+    output = _run(frame, span, calls)
     values = _values(span, output)
     residual = (values[span.main] - bases[span.main]).detach().contiguous()
     check_like(frame["reference"], residual, frame["reference"].dtype, span.paths[0])
@@ -233,17 +212,17 @@ def _front(frame: Frame, span: Span, args: tuple, kwargs: Mapping[str, Any]) -> 
     return output, values
 
 
-def _site(frame: Frame, span: Span, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     """Run the blocks and remember their residual, or add its forecast to what came in."""
     mode = frame["mode"]
-    bases = _bases(span, args, kwargs)
+    bases = _bases(span, calls)
     if mode == PROBE:
         return None, bases
     states = frame["sites"][span.name]
     if mode == GRAPH:
-        return None, _branch(frame, span, args, kwargs, states, bases)
+        return None, _branch(frame, span, calls, states, bases)
     if mode == COMPUTE or mode == EAGER and frame["compute"]:
-        output = _run(frame, span, args, kwargs)
+        output = _run(frame, span, calls)
         values = _values(span, output)
         residuals = _residuals(span, values, bases, states)
         if frame["observe"]:
@@ -296,14 +275,14 @@ def _add(sums: Any, more: Any) -> Any:
     return more if sums is None else (sums[0] + more[0], sums[1] + more[1])
 
 
-def _branch(frame: Frame, span: Span, args: tuple, kwargs, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
+def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
     """Both ways inside one graph. A branch returns fresh tensors and changes nothing outside."""
     leaves, treespec = pytree.tree_flatten(states)
     streams = len(span.streams)
     observe = frame["observe"]
 
     def compute():
-        values = _values(span, _run(frame, span, args, kwargs))
+        values = _values(span, _run(frame, span, calls))
         residuals = _residuals(span, values, bases, states)
         updated = pytree.tree_leaves(_updated(frame, residuals, states))
         sums = _observed(frame, span, residuals, states) if observe else ()

@@ -18,7 +18,7 @@ Key: TypeAlias = int | str
 """An argument of a block: its position, or its name where it was passed by keyword."""
 
 DENOISED = -1
-"""The label of whatever was computed from the first argument of the model's forward."""
+"""The label of whatever was computed from the first argument of the model's forward; the others count down."""
 
 
 class TensorSpec(NamedTuple):
@@ -37,7 +37,7 @@ class Leaf(NamedTuple):
 
     token: int
     spec: TensorSpec
-    labels: frozenset[int]  # calls it was computed from, and DENOISED
+    labels: frozenset[int]  # what it was computed from: calls (>= 0) and arguments of the model (< 0)
 
 
 class Tree(NamedTuple):
@@ -120,25 +120,13 @@ class Chain:
         return list(self.blocks)
 
 
-class FromArg(NamedTuple):
-    """An argument of the first block of the span, whole, or one leaf of a container there."""
+class Link(NamedTuple):
+    """A tensor among a block's arguments that is a result of an earlier block of the span."""
 
     key: Key
-    leaf: int  # -1 for the whole argument
-
-
-class FromOut(NamedTuple):
-    """A result of an earlier block of the span."""
-
+    leaf: int  # of the argument, -1 where it is the tensor itself
     member: int
-    leaf: int
-
-
-class Nested(NamedTuple):
-    """A container made anew of what is known."""
-
-    treespec: Any
-    leaves: tuple[Any, ...]
+    out: int  # leaf of the result of that member
 
 
 class Stream(NamedTuple):
@@ -156,15 +144,15 @@ class Stream(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive blocks that can be run, or left out, as soon as the first one is called.
+    """Blocks that hand a stream on to one another, to be run, or left out, in one piece when the last is called.
 
     It holds no shapes: another resolution is the same span.
     """
 
     name: str
     paths: tuple[str, ...]
-    wiring: tuple[dict[Key, Any], ...]  # arguments of every block but the first
-    release: tuple[tuple[int, ...], ...]  # before every block but the first: results nobody needs any more
+    links: tuple[tuple[Link, ...], ...]  # for every block, what it takes from earlier ones
+    release: tuple[tuple[int, ...], ...]  # after every block, the earlier ones whose results nobody needs any more
     passing: tuple[tuple[Key | Const | None, ...], ...]  # a block's result leaf -> its argument of the same stream
     treespecs: tuple[Any, ...]  # of the blocks' results
     streams: tuple[Stream, ...]
@@ -276,48 +264,25 @@ def _stated_map(call: Call, chain: Chain) -> dict[int, Key]:
     return {leaf: key for leaf, key in chain.streams.items() if isinstance(call.outs[leaf], Leaf)}
 
 
-def _known(value: Any, key: Key, head: Call, members: Sequence[Call]) -> Any:
-    """How to get an argument when only the first block's arguments and earlier results are there; None if not."""
-    if isinstance(value, Const):
-        here = head.args.get(key)
-        same = isinstance(here, Const) and (here.value is value.value or _equal(here.value, value.value))
-        if same:
-            return FromArg(key, -1)
-        simple = isinstance(value.value, (int, float, str, bytes, torch.dtype, torch.device, type(None)))
-        return value if simple else None
-    for name, arg in head.args.items():
-        if isinstance(arg, (Leaf, Tree)) and arg.token == value.token:
-            return FromArg(name, -1)
-    if isinstance(value, Tree):
-        leaves = tuple(_known(leaf, key, head, members) for leaf in value.leaves)
-        return None if any(leaf is None for leaf in leaves) else Nested(value.treespec, leaves)
-    for name, i, leaf in _leaves(head):
-        if leaf.token == value.token:
-            return FromArg(name, i)
-    for member, call in enumerate(members):
-        for i, out in enumerate(call.outs):
-            if isinstance(out, Leaf) and out.token == value.token:
-                return FromOut(member, i)
-    return None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and isinstance(a, (int, float, str, bytes, torch.dtype, torch.device)) and a == b
-
-
-def _wiring(call: Call, members: Sequence[Call]) -> dict[Key, Any] | None:
-    """Where every argument of `call` comes from when it runs in a span of `members`; None if one is unknown."""
-    sources = {key: _known(value, key, members[0], members) for key, value in call.args.items()}
-    return None if any(source is None for source in sources.values()) else sources
+def _links(call: Call, members: Sequence[Call]) -> tuple[Link, ...]:
+    """What a block takes from earlier blocks of its span."""
+    made = {
+        out.token: (m, i)
+        for m, member in enumerate(members)
+        for i, out in enumerate(member.outs)
+        if isinstance(out, Leaf) and out.token in _made(member)
+    }
+    return tuple(
+        Link(key, leaf, *made[arg.token]) for key, leaf, arg in _leaves(call) if arg.token in made
+    )
 
 
 def chains_of(record: Record, maps: Sequence[dict[int, Key]]) -> list[tuple[int, ...]]:
     """The calls as chains: runs of blocks in which each continues the streams of the one before.
 
-    A chain is *closed*: from the arguments of its first block and its own results every argument of every block is
-    known. And it is *private*: between its ends nobody else reads its results. So it can be run, or left out,
-    in one piece. Anything else (a concat between two lists, a control signal added to the stream, a result that is
-    collected, an argument of its own) ends a chain and starts the next.
+    A chain is private: between its ends nobody but its own blocks reads its results. So all of it can be run, or
+    left out, when its last block is called and the arguments of each are there. Anything else (a concat between
+    two lists, a control signal added to the stream, a result that is collected) ends a chain and starts the next.
     """
     calls = record.calls
     produced = {token: k for k, call in enumerate(calls) for token in _made(call)}
@@ -350,25 +315,15 @@ def _continued(k, chains, record: Record, maps, cuts) -> list[int] | None:
         members = [record.calls[j] for j in chain]
         made = set().union(*(_made(member) for member in members))
         last = _made(members[-1])
-        if not streams or not streams <= made or not streams & last or chain[-1] in cuts:
-            continue
-        if _wiring(call, members) is not None:
+        if streams and streams <= made and streams & last and chain[-1] not in cuts:
             return chain
     return None
 
 
 def span_of(record: Record, maps, positions: Sequence[int], *, front: bool) -> tuple[Span, tuple] | None:
-    """One closed run of calls as a span with its residuals, or None where no stream runs through it."""
+    """A run of calls as a span with its residuals, or None where no stream runs through it."""
     members = [record.calls[k] for k in positions]
-    wiring = []
-    for n, call in enumerate(members[1:], 1):
-        sources = _wiring(call, members[:n])
-        if sources is None:
-            raise StructureError(
-                f"{call.path} takes an argument that is not known when {members[0].path} is called. "
-                "State the chain in smaller pieces with cachekit.Chain."
-            )
-        wiring.append(sources)
+    links = tuple(_links(call, members[:n]) for n, call in enumerate(members))
     inside = set(positions)
     outside = record.read | {
         arg.token for k, call in enumerate(record.calls) if k not in inside for _, _, arg in _leaves(call)
@@ -376,7 +331,7 @@ def span_of(record: Record, maps, positions: Sequence[int], *, front: bool) -> t
     found = []
     for i, out in enumerate(members[-1].outs):
         if isinstance(out, Leaf) and out.token in outside:
-            key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], wiring)
+            key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
             if key is None:
                 return None
             base = members[0].args[key].spec
@@ -389,8 +344,8 @@ def span_of(record: Record, maps, positions: Sequence[int], *, front: bool) -> t
     span = Span(
         name=_span_name(members),
         paths=tuple(call.path for call in members),
-        wiring=tuple(wiring),
-        release=_release(wiring),
+        links=links,
+        release=_release(links),
         passing=tuple(_passing(record.calls[k], maps[k]) for k in positions),
         treespecs=tuple(call.treespec for call in members),
         streams=tuple(stream for stream, _ in found),
@@ -412,16 +367,10 @@ def _passing(call: Call, streams: Mapping[int, Key]) -> tuple[Key | Const | None
     return tuple(passing)
 
 
-def _release(wiring: Sequence[Mapping[Key, Any]]) -> tuple[tuple[int, ...], ...]:
-    """For each block but the first, the earlier ones whose results it is the first not to need."""
-    last_use = {}
-    for n, sources in enumerate(wiring):
-        for source in sources.values():
-            for leaf in source.leaves if isinstance(source, Nested) else (source,):
-                if isinstance(leaf, FromOut):
-                    last_use[leaf.member] = n
+def _release(links: Sequence[Sequence[Link]]) -> tuple[tuple[int, ...], ...]:
+    last_use = {link.member: n for n, taken in enumerate(links) for link in taken}
     return tuple(
-        tuple(member for member in range(n + 1) if last_use.get(member, member) == n - 1) for n in range(len(wiring))
+        tuple(member for member in range(n) if last_use.get(member, member + 1) == n) for n in range(len(links))
     )
 
 
@@ -431,18 +380,16 @@ def _span_name(members: Sequence[Call]) -> str:
     return name if not first.nth else f"{name}#{first.nth}"
 
 
-def _origin(member: int, leaf: int, members, maps, wiring) -> Key | None:
+def _origin(member: int, leaf: int, members, maps, links) -> Key | None:
     """Follow a result back through the span to the argument of the first block it continues."""
     while True:
         key = maps[member].get(leaf, _handed_through(members[member], leaf))
         if key is None or member == 0:
-            return key if key is None or isinstance(members[0].args.get(key), Leaf) else None
-        source = wiring[member - 1][key]
-        if isinstance(source, FromArg):
-            return source.key if source.leaf == -1 else None
-        if not isinstance(source, FromOut):
+            return key
+        source = next((link for link in links[member] if link.key == key and link.leaf < 0), None)
+        if source is None:
             return None
-        member, leaf = source.member, source.leaf
+        member, leaf = source.member, source.out
 
 
 def _handed_through(call: Call, leaf: int) -> Key | None:
@@ -462,7 +409,7 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
     """Which chain is probed, and why.
 
     The first chain on the denoised tokens in the run of lists that holds most of the block cost. A refiner stays
-    outside of the run: between it and the next list something enters that did not pass through it.
+    outside of the run: after it another argument of the model joins the stream.
     """
     calls = record.calls
 
@@ -487,16 +434,17 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
     leader = next(i for i in denoised if any(list_name(calls[k].path) == main for k in chains[i]))
     reason = f"{main} holds {cost[main] / max(1, sum(cost.values())):.0%} of the block cost"
     while True:
-        feeding = {label for label in inputs(chains[leader]) if label >= 0}
+        feeding = inputs(chains[leader])
         before = [i for i in denoised if i < leader and feeding & set(chains[i])]
         if not before:
             return leader, reason
         previous = before[-1]
-        passed = set(chains[previous]) | inputs(chains[previous])
-        if feeding - passed:
-            return leader, f"{reason}; {list_name(calls[chains[previous][0]].path)} before it refines one input alone"
+        name = list_name(calls[chains[previous][0]].path)
+        absorbed = {label for k in chains[previous] for _, _, arg in _leaves(calls[k]) for label in arg.labels}
+        if any(label < 0 for label in feeding - absorbed):
+            return leader, f"{reason}; {name} before it refines one input alone"
         leader = previous
-        reason = f"{reason}, and everything it is fed passes through {list_name(calls[chains[leader][0]].path)}"
+        reason = f"{reason}; whatever enters it passes through {name}"
 
 
 def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
@@ -528,7 +476,9 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
             raise StructureError(
                 f"`front` is {front}, but the leading chain {names[i]} has {len(chain)} blocks. Use a smaller front."
             )
-        for piece in ([probe] if probe else []) + _closed(record, chain[len(probe) :]):
+        for piece in (probe, chain[len(probe) :]):
+            if not piece:
+                continue
             found = span_of(record, maps, piece, front=piece is probe)
             if found is not None:
                 spans.append((*found, piece))
@@ -558,17 +508,6 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
         left=tuple(left),
         faked=record.faked,
     )
-
-
-def _closed(record: Record, positions: Sequence[int]) -> list[tuple[int, ...]]:
-    """A run of calls cut into closed pieces: what follows the front blocks may have known more with them."""
-    pieces: list[list[int]] = []
-    for k in positions:
-        if pieces and _wiring(record.calls[k], [record.calls[j] for j in pieces[-1]]) is not None:
-            pieces[-1].append(k)
-        else:
-            pieces.append([k])
-    return [tuple(piece) for piece in pieces]
 
 
 def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:

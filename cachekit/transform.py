@@ -423,8 +423,7 @@ class CachedStep(nn.Module):
             "sums": None,
             "updated": {},
             "counts": {},
-            "heads": {},
-            "results": {},
+            "calls": {},
             "handed": {},
         }
 

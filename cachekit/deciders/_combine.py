@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cachekit.deciders._decider import Decider, Moment, Number, where
+from cachekit.deciders._decider import Decider, Moment, Number, check_number, where
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
 
@@ -75,6 +75,8 @@ def within(low: float, high: float, decider: Decider) -> Decider:
 
     Needs the values of the timesteps at `init`, not only their number.
     """
+    check_number("low", low)
+    check_number("high", high)
     if not low < high:
         raise ArgumentError(f"`low` must be below `high`, got ({low!r}, {high!r}). Swap them.")
     _decider("within", decider)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,7 +82,7 @@ def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
             raise ArgumentError(f"`timesteps` must be at least 1, got {timesteps}. Pass the number of steps.")
         return torch.full((timesteps,), math.nan, dtype=torch.float64, device="cpu")
     try:
-        values = torch.as_tensor(timesteps).detach().to(device="cpu", dtype=torch.float64)
+        values = doubles(timesteps)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(f"`timesteps` must hold numbers, got {timesteps!r}: {error}.") from error
     if values.ndim != 1 or values.numel() == 0:
@@ -89,7 +90,7 @@ def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
             f"`timesteps` must be 1-D with at least one step, got shape {tuple(values.shape)}. "
             "Pass the whole trajectory, e.g. scheduler.timesteps."
         )
-    return values.clone()
+    return values
 
 
 def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[bool, ...]:
@@ -97,6 +98,8 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
 
     Step 0 computes whatever the decider says: nothing is cached yet.
     """
+    if not isinstance(decider, Decider):
+        raise ArgumentTypeError(f"`decider` must be a Decider, got {decider!r}. Use a factory of cachekit.deciders.")
     if not decider.static:
         raise ArgumentError(f"`decider` {decider.name!r} looks at a signal, so it has no plan. Run it.")
     times = trajectory(timesteps)
@@ -107,6 +110,18 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
         state = decider.update(state, now, computed)
         verdicts.append(computed)
     return tuple(verdicts)
+
+
+def doubles(values: Sequence[float] | Tensor) -> Tensor:
+    """Numbers as a float64 CPU tensor of its own; Python floats do not pass through float32 on the way."""
+    dtype = None if isinstance(values, Tensor) else torch.float64
+    return torch.as_tensor(values, dtype=dtype).detach().to(device="cpu", dtype=torch.float64, copy=True)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Refuse what is no Python number, with the fix."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"`{name}` must be a number, got {value!r}. Pass a Python float or int.")
 
 
 def ratio(sums: Sums) -> Number:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cachekit.deciders._decider import Decider, ratio
+import math
+
+from cachekit.deciders._decider import Decider, check_number, ratio
 from cachekit.errors import ArgumentError
 
 
@@ -18,6 +20,7 @@ def drift(threshold: float, *, inclusive: bool = False) -> Decider:
 
     Raises:
         ArgumentError: `threshold` is negative or NaN.
+        ArgumentTypeError: `threshold` is no number.
 
     Example:
         >>> import cachekit as ck
@@ -26,14 +29,18 @@ def drift(threshold: float, *, inclusive: bool = False) -> Decider:
         >>> d.decide((), now)
         False
     """
+    check_number("threshold", threshold)
     if not threshold >= 0:
         raise ArgumentError(f"`threshold` must be >= 0, got {threshold!r}. Use 0 to switch reuse off.")
-    inclusive = inclusive and threshold > 0
+    inclusive = inclusive and 0 < threshold < math.inf
 
     def decide(state: tuple[()], now):
         change = ratio(now.signal)
-        # Written so that a comparison with NaN, which is false, computes.
-        return (change <= threshold) == False if inclusive else (change < threshold) == False  # noqa: E712
+        close = change <= threshold if inclusive else change < threshold
+        # Written so that a comparison with NaN, which is false, computes. Anything is small beside a reference
+        # that has overflown, so that computes too.
+        reuse = close & (now.signal.denominator < math.inf)
+        return reuse == False  # noqa: E712
 
     return Decider(
         name=f"drift under {threshold:g}",

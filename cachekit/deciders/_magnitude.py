@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cachekit.deciders._decider import Decider, Moment, Number, take, where
+from cachekit.deciders._decider import Decider, Moment, Number, check_number, doubles, take, where
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
 INTERPOLATIONS = ("nearest", "log")
@@ -19,9 +19,9 @@ class MagnitudeState(NamedTuple):
     """State of `magnitude_budget`."""
 
     gamma: Tensor  # [T], magnitude ratio of step s to step s - 1
-    ratio: Number  # [], product of gamma since the last computed step
-    error: Number  # [], sum of |1 - ratio| since then
-    skips: Number  # [] int64, steps counted since then
+    ratio: Tensor  # [], product of gamma since the last computed step
+    error: Tensor  # [], sum of |1 - ratio| since then
+    skips: Tensor  # [] int64, steps counted since then
 
 
 def magnitude_budget(
@@ -49,10 +49,13 @@ def magnitude_budget(
 
     Raises:
         ArgumentError: a value is out of range, or `ratios` is empty, negative, zero or NaN.
+        ArgumentTypeError: a value is no number, `dtype` no floating point type.
 
     Source: MagCache, arXiv 2506.09045, section 3.2.
     """
     gammas = _checked(ratios)
+    check_number("threshold", threshold)
+    check_number("retention", retention)
     if not threshold >= 0:
         raise ArgumentError(f"`threshold` must be >= 0, got {threshold!r}. Use max_skips=0 to switch reuse off.")
     if isinstance(max_skips, bool) or not isinstance(max_skips, int) or max_skips < 0:
@@ -61,10 +64,12 @@ def magnitude_budget(
         raise ArgumentError(f"`retention` must be in [0, 1], got {retention!r}. It is a share of the steps.")
     if interpolation not in INTERPOLATIONS:
         raise ArgumentError(f"`interpolation` must be one of {INTERPOLATIONS}, got {interpolation!r}.")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentTypeError(f"`dtype` must be a floating point torch.dtype, got {dtype!r}.")
 
     def init(timesteps: Tensor) -> MagnitudeState:
         return MagnitudeState(
-            gamma=stretch(gammas, len(timesteps), interpolation).to(dtype),
+            gamma=stretch(gammas, len(timesteps), interpolation).to(dtype, copy=True),
             ratio=torch.ones((), dtype=dtype),
             error=torch.zeros((), dtype=dtype),
             skips=torch.zeros((), dtype=torch.int64),
@@ -89,9 +94,9 @@ def magnitude_budget(
         # A retained step has always computed, so resetting there changes nothing: the budget is still whole.
         return MagnitudeState(
             gamma=state.gamma,
-            ratio=where(computed, spent.ratio * 0 + 1, spent.ratio),
-            error=where(computed, spent.error * 0, spent.error),
-            skips=where(computed, spent.skips * 0, spent.skips),
+            ratio=where(computed, torch.ones_like(spent.ratio), spent.ratio),
+            error=where(computed, torch.zeros_like(spent.error), spent.error),
+            skips=where(computed, torch.zeros_like(spent.skips), spent.skips),
         )
 
     return Decider(
@@ -108,14 +113,14 @@ def stretch(gammas: Tensor, steps: int, interpolation: str = "nearest") -> Tenso
 
     `"nearest"` reads index `round(arange(T) * (L - 1) / (T - 1))` (T = 1 reads the last). It does not rescale: at
     half the steps each step spans two calibrated ones and the product over the trajectory is wrong. `"log"`
-    interpolates the cumulative logarithm of the ratios linearly, which conserves the product.
+    interpolates the cumulative logarithm of the ratios linearly, which conserves the product (T = 1 has all of it).
     """
     length = len(gammas)
     if interpolation == "log":
         if steps == length:
             return gammas
         total = torch.cumsum(gammas.log(), 0)
-        at = torch.linspace(0, length - 1, steps, dtype=torch.float64) if steps > 1 else torch.zeros(1).double()
+        at = torch.linspace(0, length - 1, steps, dtype=torch.float64) if steps > 1 else gammas.new_tensor([length - 1])
         low = at.floor().long().clamp(max=length - 1)
         high = (low + 1).clamp(max=length - 1)
         curve = total[low] + (at - low) * (total[high] - total[low])
@@ -129,7 +134,7 @@ def stretch(gammas: Tensor, steps: int, interpolation: str = "nearest") -> Tenso
 
 def _checked(ratios: Sequence[float] | Tensor) -> Tensor:
     try:
-        gammas = torch.as_tensor(ratios).detach().to(device="cpu", dtype=torch.float64)
+        gammas = doubles(ratios)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
             f"`ratios` must be a sequence of numbers, got {type(ratios).__name__}. "

@@ -9,7 +9,7 @@ Departures: a change that is NaN or infinite computes, under both semantics; the
 from __future__ import annotations
 
 from cachekit import deciders, forecasters, signals
-from cachekit.errors import ArgumentError
+from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
 from cachekit.policy import Policy
 
@@ -45,6 +45,7 @@ def first_block_cache(
         'first_block_cache(0.1, max_skips=3)'
     """
     check_semantics(semantics)
+    check_forecaster(forecaster)
     decider = deciders.drift(threshold, inclusive=semantics == "diffusers")
     name = f"{threshold:g}"
     if max_skips is not None:
@@ -62,6 +63,14 @@ def first_block_cache(
         signal=signals.change,
         front=1,
     )
+
+
+def check_forecaster(forecaster: Forecaster | None) -> None:
+    """Refuse what is no forecaster."""
+    if forecaster is not None and not isinstance(forecaster, Forecaster):
+        raise ArgumentTypeError(
+            f"`forecaster` must be a Forecaster, got {forecaster!r}. Use a factory of cachekit.forecasters."
+        )
 
 
 def check_semantics(semantics: str) -> None:

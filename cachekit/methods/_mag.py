@@ -22,7 +22,7 @@ from torch import Tensor
 from cachekit import deciders, forecasters, signals
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
 from cachekit.forecasters import Forecaster
-from cachekit.methods._first_block import check_semantics
+from cachekit.methods._first_block import check_forecaster, check_semantics
 from cachekit.policy import Policy
 from cachekit.state import State, summary
 
@@ -140,6 +140,7 @@ def mag_cache(
         10
     """
     check_semantics(semantics)
+    check_forecaster(forecaster)
     if isinstance(ratios, (str, bytes, Path)):
         raise ArgumentTypeError(f"`ratios` must be MagRatios or numbers, got {ratios!r}. Use MagRatios.load(path).")
     decider = deciders.magnitude_budget(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cachekit import deciders, forecasters
 from cachekit.forecasters import Forecaster
+from cachekit.methods._first_block import check_forecaster
 from cachekit.policy import Policy
 
 
@@ -28,6 +29,7 @@ def step_mask(mask: Sequence[bool] | Tensor, *, forecaster: Forecaster | None = 
         >>> ck.step_mask([1, 0, 0, 1, 0, 0], forecaster=ck.forecasters.taylor(1)).name
         'step_mask(2 of 6, taylor 1)'
     """
+    check_forecaster(forecaster)
     decider = deciders.mask(mask)
     forecaster = forecaster or forecasters.hold()
     computed = sum(bool(entry) for entry in mask)
