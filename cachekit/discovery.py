@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -155,6 +156,7 @@ class Recorder(TorchDispatchMode):
         self._labels = WeakIdKeyDictionary()
         self._lineage = WeakIdKeyDictionary()
         self._results: set[int] = set()
+        self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: dict[int, frozenset[int]] = {}  # storage -> labels of what was written into it
         self._containers: list[Any] = []  # kept alive, so that an id stays one object's
         self._container_tokens: dict[int, int] = {}
@@ -175,6 +177,16 @@ class Recorder(TorchDispatchMode):
     def labels(self, tensor: Tensor) -> frozenset[int]:
         """What a tensor was computed from: calls of blocks, and arguments of the model."""
         return self._labels.get(tensor, frozenset()) | self._written.get(_storage(tensor), frozenset())
+
+    def _memory(self, tensor: Tensor) -> int:
+        """The same int for the same memory, also after an address has been used again."""
+        address = _storage(tensor)
+        reference, number = self._memories.get(address, (None, 0))
+        if reference is None or reference.expired():
+            self._count += 1
+            number = self._count
+            self._memories[address] = (StorageWeakRef(tensor.untyped_storage()), number)
+        return number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -265,7 +277,7 @@ class Recorder(TorchDispatchMode):
     def _node(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
-            return Leaf(self.token(value), spec, self.labels(value))
+            return Leaf(self.token(value), self._memory(value), spec, self.labels(value))
         leaves, treespec = pytree.tree_flatten(value)
         if treespec.is_leaf():
             return Const(value)

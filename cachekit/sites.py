@@ -170,17 +170,33 @@ def _run(frame: Frame, span: Span, calls: list[tuple[tuple, dict[str, Any]]]) ->
     return outputs[-1]
 
 
+def _unaliased(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """The arguments without shared memory, which a branch of `torch.cond` refuses."""
+    free = [(list(args), dict(kwargs)) for args, kwargs in calls]
+    for places in span.aliases:
+        first = places[0]
+        value = _argument(first.key, *calls[first.member])
+        fresh = (value if first.leaf < 0 else pytree.tree_leaves(value)[first.leaf]).clone()
+        for place in places:
+            _put(free[place.member], place.key, place.leaf, fresh)
+    return free
+
+
+def _put(call: tuple[list, dict], key: Key, leaf: int, value: Any) -> None:
+    holder: Any = call[0] if isinstance(key, int) else call[1]
+    if leaf >= 0:
+        leaves, treespec = pytree.tree_flatten(holder[key])
+        leaves[leaf] = value
+        value = pytree.tree_unflatten(leaves, treespec)
+    holder[key] = value
+
+
 def _linked(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], outputs: list[Any]) -> tuple[list, dict]:
-    positional, named = list(args), dict(kwargs)
+    call = list(args), dict(kwargs)
     for link in span.links[member]:
         value = _leaf(outputs[link.member], span.treespecs[link.member], link.out)
-        place: Any = positional if isinstance(link.key, int) else named
-        if link.leaf >= 0:
-            leaves, treespec = pytree.tree_flatten(place[link.key])
-            leaves[link.leaf] = value
-            value = pytree.tree_unflatten(leaves, treespec)
-        place[link.key] = value
-    return positional, named
+        _put(call, link.key, link.leaf, value)
+    return call
 
 
 def _bases(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[Tensor]:
@@ -279,6 +295,9 @@ def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: lis
     """Both ways inside one graph. A branch returns fresh tensors and changes nothing outside."""
     leaves, treespec = pytree.tree_flatten(states)
     streams = len(span.streams)
+    if span.aliases:
+        calls = _unaliased(span, calls)
+        bases = _bases(span, calls)
     observe = frame["observe"]
 
     def compute():

@@ -36,6 +36,7 @@ class Leaf(NamedTuple):
     """A tensor among the arguments or results of a block."""
 
     token: int
+    storage: int  # equal for tensors that share memory
     spec: TensorSpec
     labels: frozenset[int]  # what it was computed from: calls (>= 0) and arguments of the model (< 0)
 
@@ -129,6 +130,14 @@ class Link(NamedTuple):
     out: int  # leaf of the result of that member
 
 
+class Place(NamedTuple):
+    """Where a tensor stands among the arguments of a span."""
+
+    member: int
+    key: Key
+    leaf: int  # -1 where the argument is the tensor itself
+
+
 class Stream(NamedTuple):
     """A tensor that runs through a span and is read after it."""
 
@@ -158,6 +167,7 @@ class Span(NamedTuple):
     streams: tuple[Stream, ...]
     main: int  # which stream carries the denoised tokens
     mutated: bool  # whether a block writes to its arguments
+    aliases: tuple[tuple[Place, ...], ...]  # tensors that share memory with another one, each with all its places
     front: bool  # always run, as the probe
 
 
@@ -351,6 +361,7 @@ def span_of(record: Record, maps, positions: Sequence[int], *, front: bool) -> t
         streams=tuple(stream for stream, _ in found),
         main=_main([stream for stream, _ in found], members[0]),
         mutated=any(call.mutated for call in members),
+        aliases=_aliases(members, links),
         front=front,
     )
     return span, tuple(residual for _, residual in found)
@@ -372,6 +383,19 @@ def _release(links: Sequence[Sequence[Link]]) -> tuple[tuple[int, ...], ...]:
     return tuple(
         tuple(member for member in range(n) if last_use.get(member, member + 1) == n) for n in range(len(links))
     )
+
+
+def _aliases(members: Sequence[Call], links: Sequence[Sequence[Link]]) -> tuple[tuple[Place, ...], ...]:
+    places: dict[int, list[Place]] = {}
+    sharing: dict[int, set[int]] = {}
+    for n, call in enumerate(members):
+        taken = {(link.key, link.leaf) for link in links[n]}
+        for key, leaf, arg in _leaves(call):
+            if (key, leaf) not in taken:
+                places.setdefault(arg.token, []).append(Place(n, key, leaf))
+                sharing.setdefault(arg.storage, set()).add(arg.token)
+    shared = set().union(*(tokens for tokens in sharing.values() if len(tokens) > 1))
+    return tuple(tuple(found) for token, found in places.items() if token in shared)
 
 
 def _span_name(members: Sequence[Call]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +159,7 @@ class CachedStep(nn.Module):
         self.shadow = shadow(self.original, sites)
         self._blocks = self._regional(blocks)
         self._fingerprint = fingerprint(self.original)
+        self._helpers = _helpers(blocks)
         self._found.clear()
 
     def _regional(self, blocks: dict[str, nn.Module]) -> dict[str, Callable[..., Any]]:
@@ -363,6 +366,9 @@ class CachedStep(nn.Module):
         torch._assert_async(
             state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
         )
+        for helper in self._helpers:
+            # Two branches that each ask for the signature of one helper fail to trace, unless it was asked before.
+            inspect.signature(helper.__call__)
         nan = torch.full((), math.nan, dtype=torch.float64)
         moment = Moment(
             step=state.step,
@@ -539,6 +545,17 @@ def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.d
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")
+
+
+def _helpers(blocks: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+    """One object of every class that modules of the blocks keep and call without its being a module."""
+    found: dict[type, Any] = {}
+    for block in blocks.values():
+        for module in block.modules():
+            for value in vars(module).values():
+                if not isinstance(value, (type, types.FunctionType, types.MethodType)) and hasattr(type(value), "__call__"):
+                    found.setdefault(type(value), value)
+    return tuple(value for value in found.values() if isinstance(type(value).__call__, types.FunctionType))
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -137,7 +137,7 @@ def mag_cache(
         >>> import cachekit as ck
         >>> policy = ck.mag_cache(ck.MagRatios.flux(), threshold=0.24, max_skips=5, retention=0.1)
         >>> sum(ck.deciders.plan(policy.decider, 28))
-        10
+        8
     """
     check_semantics(semantics)
     check_forecaster(forecaster)
