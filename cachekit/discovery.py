@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,14 +39,14 @@ def discover(model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mappin
     """Record the forward of `model(*args, **kwargs)` with the blocks `paths`. The model is left as it was."""
     if any(_patched(module) for module in model.modules()):
         # What a patched forward closes over cannot be copied safely.
-        return _record(model, paths, args, dict(kwargs), faked=False)
+        return _real(model, paths, args, kwargs)
     try:
         return _fake(model, paths, args, kwargs, device)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
         try:
-            return _record(model, paths, args, dict(kwargs), faked=False)
+            return _real(model, paths, args, kwargs)
         except CacheError:
             raise
         except Exception as error:
@@ -80,20 +80,30 @@ def _fake(model, paths, args, kwargs, device) -> Record:
         # A hook that moves weights between devices has nothing to move here.
         for name in PATCHED:
             module.__dict__.pop(name, None)
-    converted: dict[int, Tensor] = {}
-
-
-    def fake_input(value):
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in converted:
-            with torch.inference_mode(False):
-                converted[id(value)] = mode.from_tensor(value, static_shapes=True)
-        return converted[id(value)]
-
-    fake_args, fake_kwargs = pytree.tree_map(fake_input, (args, dict(kwargs)))
+    fake_args, fake_kwargs = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
     with mode:
         return _record(twin, paths, fake_args, fake_kwargs, faked=True)
+
+
+def _real(model, paths, args, kwargs) -> Record:
+    # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
+    copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
+    return _record(model, paths, copied_args, copied_kwargs, faked=False)
+
+
+def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with other tensors, the same one wherever it was the same."""
+    made: dict[int, Tensor] = {}
+
+    def replace(value):
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in made:
+            made[id(value)] = make(value)
+        return made[id(value)]
+
+    with torch.inference_mode(False):
+        return pytree.tree_map(replace, (args, dict(kwargs)))
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

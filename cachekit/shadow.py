@@ -28,18 +28,21 @@ PATCHED = ("forward", "_old_forward")
 
 
 def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
-    """Names of the blocks: the elements of every outermost nn.ModuleList, and those named by hand."""
+    """Names of the blocks: what can be called in every outermost nn.ModuleList, and those named by hand."""
     found: list[str] = []
 
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
+    def visit(module: nn.Module, prefix: str, listed: bool) -> None:
+        listed = listed or isinstance(module, nn.ModuleList)
+        for name, child in module._modules.items():  # named_children would leave out a block that stands twice
+            if child is None:
+                continue
             path = f"{prefix}{name}"
-            if isinstance(module, nn.ModuleList):
+            if listed and type(child).forward is not nn.Module.forward:
                 found.append(path)
             else:
-                visit(child, f"{path}.")
+                visit(child, f"{path}.", listed)
 
-    visit(model, "")
+    visit(model, "", listed=False)
     by_hand = [name for name in named if name not in found]
     return found + by_hand
 

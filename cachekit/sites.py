@@ -223,7 +223,7 @@ def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     frame["sums"] = sums
     if frame["mode"] == PROBE:
         frame["carried"] = tuple(values)
-    elif frame["mode"] == EAGER or frame["mode"] == GRAPH:
+    elif frame["compute"] is None:  # a plan has not decided yet
         frame["compute"] = frame["decide"](sums)
     return output, values
 

@@ -242,7 +242,7 @@ class CachedStep(nn.Module):
             state: any state of this step.
             timesteps: of the new trajectory; None for those of `state`.
         """
-        self._check_state(state)
+        self.check_state(state)
         times = state.timesteps.clone() if timesteps is None else trajectory(timesteps)
         plan, decider = self._fresh(times)
         computed, signal = fresh_log(len(times))
@@ -305,7 +305,7 @@ class CachedStep(nn.Module):
         return self._on_host(state, args, kwargs)
 
     def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
-        layout = self._check_state(state)
+        layout = self.check_state(state)
         changed = stale(self._fingerprint, self.original)
         if changed is not None:
             raise StructureError(
@@ -440,7 +440,8 @@ class CachedStep(nn.Module):
         first = pytree.tree_leaves(state.sites)[0]
         return state.step.to(device=first.device, dtype=torch.float32)
 
-    def _check_state(self, state: State) -> Layout:
+    def check_state(self, state: State) -> Layout:
+        """The layout a state belongs to, or an error that says why it does not belong to this step."""
         if not isinstance(state, State):
             raise ArgumentTypeError(
                 f"`state` must be a cachekit State, got {type(state).__name__}. Make one with step.init(timesteps, ...) "

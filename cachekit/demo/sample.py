@@ -23,9 +23,7 @@ def timesteps(n: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    velocity: Velocity, labels: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0
-) -> Tensor:
+def sample(velocity: Velocity, labels: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:
     """Draw one image for each label [B]: [B, 1, 1, 16, 16] float32, about [-1, 1], on the device of `labels`.
 
     `seed` alone decides the noise, whatever the device and the number of steps.

@@ -100,16 +100,15 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Read the command line, train, write the weights and print how many samples are recognised."""
     parser = argparse.ArgumentParser(
         prog="python -m cachekit.demo.train",
         description="Train the digits model. A run that was interrupted goes on from its checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=4500, help="training steps in all")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps in all")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_output/digits.safetensors"), help="weights, float32"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo_output/digits.safetensors"), help="weights, float32")
     parser.add_argument(
         "--checkpoint", type=Path, default=Path("demo_output/train.pt"), help="resumed from when it exists"
     )

@@ -59,7 +59,7 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         wide = torch.promote_types(first.dtype, torch.float32)
         total, product = first.to(wide), 1.0
         for i, difference in enumerate(state.differences[1:]):
-            product = product * (step - state.nodes[i])
+            product = product * (step - state.nodes[i]).to(wide)
             total = total + difference.to(wide) * product
         return total.to(state.like.dtype)
 

@@ -60,7 +60,7 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def predict(state: TaylorState, step: Tensor) -> Tensor:
         first = state.factors[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        offset = step - state.last
+        offset = (step - state.last).to(wide)
         total, power = first.to(wide), 1.0
         for i, factor in enumerate(state.factors[1:], 1):
             power = power * offset / i

@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.10+ and nothing else: each sets up .venv first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup            ## sample digits with every method; writes demo_output/report.html
+	$(BIN)/python -m cachekit.demo
+
+test: setup            ## the whole test suite, doctests included
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: setup            ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: setup           ## what a cached step costs on this machine; writes bench/results/
+	$(BIN)/python bench/overhead.py
+
+clean:
+	rm -rf $(VENV) demo_output .pytest_cache .hypothesis

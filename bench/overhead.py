@@ -1,0 +1,272 @@
+"""What a cached step costs beside the step it replaces, on the CPU, peers in the same run.
+
+Two models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, and a near-empty
+one, where all that is left is overhead. Every row is a median of single calls, taken in turn with all other rows,
+and given as a ratio to plain `torch.compile` of the same model in the same run; seconds are shown for orientation
+only. Compilation is timed apart. No result is timed before it agrees with what it should be.
+
+    python bench/overhead.py [--rounds 40] [--models medium,small] [--out bench/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_cache, apply_mag_cache
+
+import cachekit as ck
+
+STEPS = 100_000  # no row reaches the end of its trajectory
+MODELS = {
+    "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
+    "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
+}
+
+
+class Row(NamedTuple):
+    """One way to run a step."""
+
+    method: str  # plain, first_block_cache, mag_cache
+    way: str  # who runs it and how
+    action: str  # computed or skipped
+    call: Callable[[int], torch.Tensor]  # step index -> output
+    expected: Callable[[int], torch.Tensor] | None  # what the output must be; None to compare with `against`
+    against: str | None = None  # name of the row that shows the right output
+
+
+def build(spec: dict[str, int]) -> tuple[FluxTransformer2DModel, list[dict[str, Any]]]:
+    """A Flux of the given size with open gates, and the inputs of a few slowly changing steps."""
+    torch.manual_seed(0)
+    width = spec["heads"] * spec["width"]
+    axes = {64: [16, 24, 24], 8: [2, 2, 4]}[spec["width"]]
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=spec["layers"],
+        num_single_layers=spec["singles"],
+        attention_head_dim=spec["width"],
+        num_attention_heads=spec["heads"],
+        joint_attention_dim=width,
+        pooled_projection_dim=width,
+        axes_dims_rope=axes,
+    ).eval()
+    noise = torch.Generator().manual_seed(1)
+    x, drift = (torch.randn(1, spec["image"], 16, generator=noise) for _ in range(2))
+    text = torch.randn(1, spec["text"], width, generator=noise)
+    pooled = torch.randn(1, width, generator=noise)
+    side = int(spec["image"] ** 0.5)
+    ids = torch.zeros(spec["image"], 3)
+    ids[:, 1], ids[:, 2] = torch.arange(spec["image"]) // side, torch.arange(spec["image"]) % side
+    inputs = [
+        {
+            "hidden_states": x + 0.05 * i * drift,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "timestep": torch.full((1,), 1.0 - 0.02 * i),
+            "img_ids": ids,
+            "txt_ids": torch.zeros(spec["text"], 3),
+            "return_dict": False,
+        }
+        for i in range(8)
+    ]
+    return model, inputs
+
+
+class Ours:
+    """A trajectory of one of our steps."""
+
+    def __init__(self, model, policy: ck.Policy, inputs, way: str) -> None:
+        step = ck.cache(model, policy)
+        if way == "regional":
+            step = step.compile(regional=True)
+        elif way == "programs":
+            step = step.compile()
+        self.state = step.init(STEPS, **inputs[0])
+        self.run = torch.compile(step, fullgraph=True) if way == "one graph" else step
+        self.inputs = inputs
+
+    def __call__(self, i: int) -> torch.Tensor:
+        out, self.state = self.run(self.state, **self.inputs[i % len(self.inputs)])
+        return out[0]
+
+
+class Hooks:
+    """A trajectory under the hooks of diffusers."""
+
+    def __init__(self, model, config, inputs, compiled: bool) -> None:
+        hooked = copy.deepcopy(model)
+        (apply_first_block_cache if isinstance(config, FirstBlockCacheConfig) else apply_mag_cache)(hooked, config)
+        self.model, self.inputs = hooked, inputs
+        self.run = torch.compile(hooked) if compiled else hooked
+
+    def __call__(self, i: int) -> torch.Tensor:
+        with self.model.cache_context("cond"):
+            return self.run(**self.inputs[i % len(self.inputs)])[0]
+
+
+def policies(action: str) -> dict[str, tuple[ck.Policy, Any]]:
+    """Ours and theirs, set so that every step after the first takes one action."""
+    ones = [1.0] * 4
+    skips = STEPS if action == "skipped" else 0
+    threshold = 1e9 if action == "skipped" else 0.0
+    theirs = MagCacheConfig(
+        threshold=0.5, max_skip_steps=skips, retention_ratio=0.0, num_inference_steps=STEPS, mag_ratios=ones
+    )
+    return {
+        "first_block_cache": (ck.first_block_cache(threshold), FirstBlockCacheConfig(threshold=threshold)),
+        "mag_cache": (ck.mag_cache(ones, threshold=0.5, max_skips=skips, retention=0.0), theirs),
+    }
+
+
+def rows(model, inputs) -> list[Row]:
+    """All ways side by side."""
+
+    def plain(i: int) -> torch.Tensor:
+        return model(**inputs[i % len(inputs)])[0]
+
+    compiled = torch.compile(model, fullgraph=True)
+    table = [
+        Row("plain", "eager", "computed", plain, None),
+        Row("plain", "torch.compile", "computed", lambda i: compiled(**inputs[i % len(inputs)])[0], plain),
+    ]
+    for action in ("computed", "skipped"):
+        expected = plain if action == "computed" else None
+        for method, (ours, theirs) in policies(action).items():
+            against = f"{method}, diffusers hooks, eager, {action}"
+            for way, is_compiled in (("eager", False), ("torch.compile", True)):
+                hooked = Hooks(model, theirs, inputs, is_compiled)
+                table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
+            for way in ("eager", "regional", "programs", "one graph"):
+                table.append(
+                    Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against)
+                )
+    return table
+
+
+def check(table: list[Row], calls: int = 3) -> dict[str, float]:
+    """Run every row a few steps: compile it, and refuse a wrong result. Returns seconds of the first calls."""
+    outputs: dict[str, list[torch.Tensor]] = {}
+    seconds = {}
+    for row in table:
+        name = f"{row.method}, {row.way}, {row.action}"
+        start = time.perf_counter()
+        outputs[name] = [row.call(0).clone(), row.call(1).clone()]
+        seconds[name] = time.perf_counter() - start
+        outputs[name] += [row.call(i).clone() for i in range(2, calls)]
+        if row.expected is not None:
+            right = [row.expected(i) for i in range(calls)]
+        elif row.against in outputs:
+            right = outputs[row.against]
+        else:
+            continue
+        for i, (got, wanted) in enumerate(zip(outputs[name], right, strict=True)):
+            error = ((got - wanted).norm() / wanted.norm()).item()
+            if not error < 1e-4:
+                raise SystemExit(f"{name}: step {i} is off by {error:.1e} relative. A wrong result is not timed.")
+        print(f"  {name:<62} right, first calls {seconds[name]:6.1f} s", file=sys.stderr)
+    return seconds
+
+
+def measure(table: list[Row], rounds: int) -> list[list[float]]:
+    """Seconds of single calls, all rows in turn."""
+    samples: list[list[float]] = [[] for _ in table]
+    for n in range(rounds):
+        for row, found in zip(table, samples, strict=True):
+            row.call(n)  # the caches of the processor are its own again
+            start = time.perf_counter()
+            row.call(n + 1)
+            found.append(time.perf_counter() - start)
+        if sys.stderr.isatty():
+            print(f"\r  round {n + 1} of {rounds}", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return samples
+
+
+def bench(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Measure one model and print its table."""
+    torch._dynamo.reset()
+    model, inputs = build(MODELS[name])
+    table = rows(model, inputs)
+    seconds = check(table)
+    samples = measure(table, rounds)
+    base = statistics.median(samples[1])
+    print(f"\n{name}: {MODELS[name]}, plain torch.compile {base * 1e3:.2f} ms")
+    print(f"{'method':<18} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'ms':>9} {'first s':>8}")
+    results = []
+    for row, found in zip(table, samples, strict=True):
+        low, middle, high = statistics.quantiles(found, n=4)
+        # Each sample over the plain compiled call of its own round: the machine drifts, a round is short.
+        ratio = statistics.median(a / b for a, b in zip(found, samples[1], strict=True))
+        first = seconds[f"{row.method}, {row.way}, {row.action}"]
+        print(
+            f"{row.method:<18} {row.way:<30} {row.action:<9} {ratio:>8.4f} {low / base:>7.3f} {high / base:>7.3f} "
+            f"{middle * 1e3:>9.3f} {first:>8.1f}"
+        )
+        results.append(
+            {
+                "model": name,
+                "method": row.method,
+                "way": row.way,
+                "action": row.action,
+                "ratio": ratio,
+                "p25": low / base,
+                "p75": high / base,
+                "seconds": middle,
+                "first_calls_seconds": first,
+            }
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="timed calls a row")
+    parser.add_argument("--models", default="medium,small", help="which of medium, small")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": 1,
+        "rounds": options.rounds,
+        "rows": [],
+    }
+    with torch.no_grad():
+        for name in options.models.split(","):
+            record["rows"] += bench(name, options.rounds)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "overhead.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

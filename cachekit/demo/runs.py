@@ -1,0 +1,223 @@
+"""What the demo runs: the settings, one sampling run of each, and the scores of the samples."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import cachekit as ck
+from cachekit.demo.data import recognised
+from cachekit.demo.metrics import psnr, ssim
+from cachekit.demo.sample import Stream, sample, timesteps
+from cachekit.diffusers import digits
+
+UNCACHED = "uncached"
+FEWER = "fewer steps"
+STREAMS: tuple[Stream, ...] = ("cond", "uncond")
+GUIDANCE = 2.0
+
+
+class Setting(NamedTuple):
+    """One line of the table: how to sample."""
+
+    group: str  # the method
+    detail: str  # its parameters, for people
+    steps: int  # Euler steps
+    policy: ck.Policy | None = None  # None runs the model as it is
+    forecast: bool = False  # whether reused residuals are extrapolated, not repeated
+
+    @property
+    def label(self) -> str:
+        """Method and parameters."""
+        return f"{self.group} {self.detail}"
+
+
+class Trial(NamedTuple):
+    """One sampling run."""
+
+    setting: Setting
+    samples: Tensor  # [B, 1, 1, 16, 16]
+    computed: dict[str, tuple[bool, ...]]  # stream -> one a step
+    seconds: float  # of the sampling loop alone
+
+
+class Row(NamedTuple):
+    """The scores of a trial; its fields are those of results.json."""
+
+    group: str
+    detail: str
+    policy: str  # as cachekit names it, "" without a cache
+    forecast: bool
+    steps: int  # Euler steps
+    computed: dict[str, tuple[bool, ...]]  # stream -> one a step
+    computed_steps: float  # mean of the streams
+    seconds: float
+    speedup: float  # against the uncached run
+    psnr: float | None  # dB against the uncached samples, None where they are identical
+    ssim: float
+    recognised: float  # share of the digits
+
+    @property
+    def label(self) -> str:
+        """Method and parameters."""
+        return f"{self.group} {self.detail}"
+
+    @property
+    def cached(self) -> bool:
+        """Whether a cache was at work."""
+        return self.group not in (UNCACHED, FEWER)
+
+
+def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Setting]:
+    """All settings of a run of `steps` steps, in the order of the table; a few of them for a `short` one.
+
+    The parameters are chosen for the shipped weights at 50 steps: about a half, 2/5 and a quarter of the steps
+    compute.
+    """
+    shares = (0.7, 0.4, 0.2) if short else (0.7, 0.5, 0.4, 0.3, 0.2)
+    plain = [Setting(FEWER, f"{round(share * steps)}", round(share * steps)) for share in shares]
+
+    newton, taylor = ck.forecasters.newton(1), ck.forecasters.taylor(1)
+    thresholds = ((0.12, None), (0.12, newton)) if short else ((0.065, None), (0.12, None), (0.16, None), (0.12, newton))
+    first = [
+        Setting(
+            "first_block_cache",
+            f"{threshold:g}" + _plus(forecaster),
+            steps,
+            ck.first_block_cache(threshold, forecaster=forecaster),
+            forecaster is not None,
+        )
+        for threshold, forecaster in thresholds
+    ]
+
+    budgets = ((0.06, 2, 0.1),) if short else ((0.03, 1, 0.1), (0.06, 2, 0.1), (0.12, 4, 0.1))
+    mag = [
+        Setting(
+            "mag_cache",
+            f"{threshold:g}, skips ≤ {skips}",
+            steps,
+            ck.mag_cache(ratios, threshold=threshold, max_skips=skips, retention=retention),
+        )
+        for threshold, skips, retention in budgets
+    ]
+
+    mask = [
+        Setting(
+            "step_mask",
+            f"every {interval}" + _plus(forecaster),
+            steps,
+            ck.step_mask([step % interval == 0 for step in range(steps)], forecaster=forecaster),
+            forecaster is not None,
+        )
+        for interval in ((3,) if short else (2, 3, 5))
+        for forecaster in (None, taylor)
+    ]
+    return [Setting(UNCACHED, f"{steps}", steps), *plain, *first, *mag, *mask]
+
+
+def _plus(forecaster: ck.forecasters.Forecaster | None) -> str:
+    return f" + {forecaster.name}" if forecaster else ""
+
+
+class Sampler:
+    """The velocity under a setting: the model itself, or one cached step with a state for each stream."""
+
+    def __init__(
+        self, model: nn.Module, setting: Setting, labels: Tensor, tick: Callable[[], object], compiled: bool = False
+    ) -> None:
+        self.model = torch.compile(model, fullgraph=True) if compiled and setting.policy is None else model
+        self.tick = tick
+        self.step: ck.CachedStep | None = None
+        self.states: dict[Stream, ck.State] = {}
+        if setting.policy is not None:
+            self.step = ck.cache(model, setting.policy)
+            if compiled:
+                self.step = self.step.compile()
+            noise = torch.zeros(len(labels), 1, 1, digits.SIZE, digits.SIZE)
+            times = timesteps(setting.steps)[:-1]
+            with torch.no_grad():
+                state = self.step.init(times, **digits.inputs(noise, times[0], labels))
+            self.states = {stream: self.step.init_like(state) for stream in STREAMS}
+
+    def restart(self) -> None:
+        """Forget the trajectory."""
+        if self.step is not None:
+            self.states = {stream: self.step.init_like(state) for stream, state in self.states.items()}
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, stream: Stream) -> Tensor:
+        """The velocity of one stream; see `cachekit.demo.sample.Velocity`."""
+        if stream == STREAMS[-1]:
+            self.tick()
+        arguments = digits.inputs(x, t, labels)
+        if self.step is None:
+            return self.model(**arguments)[0]
+        out, self.states[stream] = self.step(self.states[stream], **arguments)
+        return out[0]
+
+
+def run(
+    model: nn.Module,
+    setting: Setting,
+    labels: Tensor,
+    seed: int,
+    tick: Callable[[], object] = lambda: None,
+    compiled: bool = False,
+) -> Trial:
+    """Sample under a setting, timed; `tick` is called at every Euler step.
+
+    A compiled run samples twice and times the second: the first one compiles.
+    """
+    sampler = Sampler(model, setting, labels, tick, compiled)
+    for _ in range(2 if compiled else 1):
+        sampler.restart()
+        start = time.perf_counter()
+        samples = sample(sampler, labels, setting.steps, GUIDANCE, seed)
+        seconds = time.perf_counter() - start
+    computed = {stream: ck.summary(state).computed for stream, state in sampler.states.items()}
+    if not computed:
+        computed = dict.fromkeys(STREAMS, (True,) * setting.steps)
+    return Trial(setting, samples, computed, seconds)
+
+
+def calibrate(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] = lambda: None) -> ck.MagRatios:
+    """Magnitude ratios of the model over `steps` Euler steps, from one digit of each class.
+
+    A policy belongs to the step, not to the stream, so the ratios are the mean of both streams.
+    """
+    labels = torch.arange(digits.CLASSES)
+    sampler = Sampler(model, Setting("mag_calibration", "", steps, ck.mag_calibration()), labels, tick)
+    sample(sampler, labels, steps, GUIDANCE, seed)
+    streams = [ck.MagRatios.from_state(state).ratios for state in sampler.states.values()]
+    mean = tuple(sum(both) / len(both) for both in zip(*streams, strict=True))
+    scheduler = f"flow matching Euler, {steps} steps, guidance {GUIDANCE:g}"
+    return ck.MagRatios(mean, model="cachekit digits", scheduler=scheduler)
+
+
+def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
+    """The rows of the table. The first trial is the uncached one, which the others are held against."""
+    reference = trials[0]
+    rows = []
+    for trial in trials:
+        distance = psnr(trial.samples, reference.samples)
+        rows.append(
+            Row(
+                group=trial.setting.group,
+                detail=trial.setting.detail,
+                policy=trial.setting.policy.name if trial.setting.policy else "",
+                forecast=trial.setting.forecast,
+                steps=trial.setting.steps,
+                computed=trial.computed,
+                computed_steps=sum(sum(stream) for stream in trial.computed.values()) / len(trial.computed),
+                seconds=trial.seconds,
+                speedup=reference.seconds / trial.seconds,
+                psnr=distance if math.isfinite(distance) else None,
+                ssim=ssim(trial.samples, reference.samples),
+                recognised=recognised(trial.samples, labels),
+            )
+        )
+    return rows

@@ -1,0 +1,27 @@
+"""Settings of every test: few threads, examples that are the same in every run, a fresh compiler where it is used."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+torch.set_num_threads(int(os.environ.get("CACHEKIT_TEST_THREADS", "2")))
+
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+# To see a test fail is enough for a mutant; nobody reads the smallest counterexample.
+settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known wherever these tests run."""
+    config.addinivalue_line("markers", "compiles: uses torch.compile, so it starts with an empty compile cache")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("compiles"):
+        torch._dynamo.reset()

@@ -1,0 +1,138 @@
+"""Bugs made on purpose, each with the law that must notice it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One line of the package, changed for the worse."""
+
+    file: str  # below cachekit/
+    old: str  # occurs once in the file
+    new: str
+    law: str  # the test that must fail
+
+    @property
+    def name(self) -> str:
+        """For the list of tests."""
+        return f"{self.file.rpartition('/')[2]}-{self.law.partition('::')[2]}"
+
+
+MUTANTS = (
+    # NaN compares false, so this reuses it.
+    Mutant(
+        "deciders/_drift.py",
+        "return reuse == False  # noqa: E712",
+        "return (change >= threshold) | (now.signal.denominator == math.inf)",
+        "test_deciders.py::test_doubt_computes",
+    ),
+    # Zero stays below no threshold, but equals one.
+    Mutant(
+        "deciders/_drift.py",
+        "close = change <= threshold if inclusive else change < threshold",
+        "close = change <= threshold",
+        "test_deciders.py::test_zero_budget_never_reuses",
+    ),
+    Mutant(
+        "deciders/_combine.py",
+        "(state.skips >= skips)",
+        "(state.skips > skips)",
+        "test_deciders.py::test_max_skips_is_never_exceeded",
+    ),
+    Mutant(
+        "deciders/_combine.py",
+        "(now.step < steps)",
+        "(now.step <= steps)",
+        "test_deciders.py::test_warmup_computes_then_says_nothing",
+    ),
+    Mutant(
+        "deciders/_combine.py",
+        "(now.timestep < high)",
+        "(now.timestep <= high)",
+        "test_deciders.py::test_within_reuses_only_inside_the_open_range",
+    ),
+    Mutant(
+        "deciders/_combine.py",
+        "verdict = verdict | decider.decide(inner, now)",
+        "verdict = verdict & decider.decide(inner, now)",
+        "test_deciders.py::test_any_of_computes_iff_one_does_and_tells_all",
+    ),
+    # The inner decider believes that its own verdict was followed.
+    Mutant(
+        "deciders/_combine.py",
+        "return tuple(decider.update(inner, now, computed) for decider, inner in pairs)",
+        "return tuple(decider.update(inner, now, decider.decide(inner, now)) for decider, inner in pairs)",
+        "test_deciders.py::test_composition_computes_iff_a_rule_demands_it",
+    ),
+    Mutant(
+        "deciders/_decider.py",
+        "torch.where(condition, torch.as_tensor(yes, dtype=dtype), torch.as_tensor(no, dtype=dtype))",
+        "torch.where(condition, torch.as_tensor(no, dtype=dtype), torch.as_tensor(yes, dtype=dtype))",
+        "test_deciders.py::test_numbers_and_tensors_agree",
+    ),
+    Mutant(
+        "deciders/_decider.py",
+        "computed = step == 0 or bool(decider.decide(state, now))",
+        "computed = bool(decider.decide(state, now))",
+        "test_deciders.py::test_plan_is_the_steps_one_by_one",
+    ),
+    Mutant(
+        "deciders/_magnitude.py",
+        "error=where(computed, torch.zeros_like(spent.error), spent.error)",
+        "error=spent.error",
+        "test_deciders.py::test_magnitude_budget_follows_the_rule_of_magcache",
+    ),
+    Mutant(
+        "deciders/_magnitude.py",
+        "return now.step < int(retention * now.steps + 0.5)",
+        "return now.step <= int(retention * now.steps + 0.5)",
+        "test_deciders.py::test_magnitude_budget_follows_the_rule_of_magcache",
+    ),
+    # A state that turns from a tensor into a number.
+    Mutant(
+        "deciders/_magnitude.py",
+        "skips=where(computed, torch.zeros_like(spent.skips), spent.skips)",
+        "skips=where(computed, 0, spent.skips)",
+        "test_deciders.py::test_layout_of_the_state_never_changes",
+    ),
+    Mutant(
+        "deciders/_magnitude.py",
+        "torch.cat((curve[:1], curve.diff()))",
+        "torch.cat((curve[:1] * 0, curve.diff()))",
+        "test_deciders.py::test_log_interpolation_conserves_the_product",
+    ),
+    Mutant(
+        "forecasters/_hold.py",
+        "predict=lambda state, step: state.value,",
+        "predict=lambda state, step: torch.zeros_like(state.value),",
+        "test_forecasters.py::test_predict_at_the_step_just_updated_is_the_value",
+    ),
+    # The factorial is gone.
+    Mutant(
+        "forecasters/_taylor.py",
+        "power = power * offset / i",
+        "power = power * offset",
+        "test_forecasters.py::test_taylor_is_the_published_sum",
+    ),
+    # The first value minus nothing is no derivative.
+    Mutant(
+        "forecasters/_taylor.py",
+        "known = state.filled > i",
+        "known = state.filled >= i",
+        "test_forecasters.py::test_exact_on_constants",
+    ),
+    Mutant(
+        "forecasters/_newton.py",
+        "product = product * (step - state.nodes[i])",
+        "product = product * (step - state.nodes[i + 1])",
+        "test_forecasters.py::test_exact_on_lines",
+    ),
+    # Right on lines, and on curves as long as the spacing is even and the factor is not looked at.
+    Mutant(
+        "forecasters/_newton.py",
+        "spacing = torch.where(known, step - state.nodes[i], 1.0)",
+        "spacing = torch.where(known, step - state.nodes[0], 1.0)",
+        "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
+    ),
+)

@@ -1,0 +1,222 @@
+"""The three ways to run mean the same, and nothing compiles twice."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+from zoo import specimen
+
+import cachekit as ck
+
+CLASSES = ("Flux", "SD3", "Wan", "CogVideoX", "QwenImage")
+RATIOS = [1.0, 1.02, 0.99, 1.01, 0.98, 1.0]
+POLICIES = {
+    "first_block_cache": lambda: ck.first_block_cache(0.04, max_skips=2),
+    "mag_cache": lambda: ck.mag_cache(RATIOS, threshold=0.1, max_skips=2, retention=0.1),
+}
+
+pytestmark = pytest.mark.compiles
+
+
+def tensors(tree):
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def error(a, b) -> float:
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return max(((x - y).norm() / y.norm()).item() for x, y in pairs)
+
+
+def spec(state):
+    return [(x.shape, x.dtype, x.device, x.stride()) for x in tensors(state)], pytree.tree_structure(state)
+
+
+def threshold_between(sp, steps: int) -> float:
+    """A threshold that computes some steps and reuses others, with no signal within 1% of it."""
+    step = ck.cache(sp.model, ck.first_block_cache(0.0))
+    state = step.init(steps, **sp.inputs(0))
+    for i in range(steps):
+        _, state = step(state, **sp.inputs(i))
+    return sorted(ck.summary(state).signal[1:])[steps // 2] * 1.51
+
+
+def policy_for(name: str, sp, steps: int) -> ck.Policy:
+    if name == "mag_cache":
+        return POLICIES[name]()
+    return ck.first_block_cache(threshold_between(sp, steps))
+
+
+def run(step, state, sp, steps: int):
+    outs = []
+    for i in range(steps):
+        out, state = step(state, **sp.inputs(i))
+        outs.append(out)
+    return outs, state
+
+
+def same(step, compiled, sp, steps: int, first=None) -> None:
+    """A trajectory compiled equals it eager: decisions, outputs, the form of the state."""
+    outs, state = run(compiled, first or step.init(steps, **sp.inputs(0)), sp, steps)
+    wanted, right = run(step, step.init(steps, **sp.inputs(0)), sp, steps)
+    assert ck.summary(state).computed == ck.summary(right).computed
+    assert {True, False} == set(ck.summary(right).computed), "the trajectory mixes both actions"
+    assert spec(state) == spec(right)
+    assert max(error(a, b) for a, b in zip(outs, wanted, strict=True)) < 1e-4
+    assert torch.allclose(state.signal, right.signal, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", POLICIES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_graph_for_every_step_trajectory_and_length(name, method):
+    sp = specimen(name)
+    counters.clear()
+    with torch.no_grad():
+        step = ck.cache(sp.model, policy_for(method, sp, 50))
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        same(step, compiled, sp, 50)
+        assert counters["stats"]["unique_graphs"] == 1
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same(step, compiled, sp, 50)
+            same(step, compiled, sp, 23)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("method", POLICIES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_program_an_action(name, method):
+    sp = specimen(name)
+    counters.clear()
+    with torch.no_grad():
+        step = ck.cache(sp.model, policy_for(method, sp, 50))
+        compiled = step.compile(backend="aot_eager")
+        same(step, compiled, sp, 50, compiled.init(50, **sp.inputs(0)))
+        programs = 3 if method == "first_block_cache" else 2
+        assert counters["stats"]["unique_graphs"] == programs
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            same(step, compiled, sp, 50, compiled.init(50, **sp.inputs(0)))
+            same(step, compiled, sp, 23, compiled.init(23, **sp.inputs(0)))
+    assert counters["stats"]["unique_graphs"] == programs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("name", "way"), [("Flux", "programs"), ("Wan", "one graph"), ("SD3", "programs")])
+def test_inductor_equals_eager(name, way):
+    sp = specimen(name)
+    with torch.no_grad():
+        step = ck.cache(sp.model, policy_for("first_block_cache", sp, 12))
+        compiled = step.compile() if way == "programs" else torch.compile(step, fullgraph=True)
+        same(step, compiled, sp, 12, (compiled if way == "programs" else step).init(12, **sp.inputs(0)))
+
+
+@pytest.mark.parametrize("way", ["one graph", "programs"])
+def test_another_sequence_length_costs_one_more_graph_at_most(way):
+    sp = specimen("Flux")
+    counters.clear()
+
+    def inputs(i, tokens):
+        given = sp.inputs(i)
+        given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :1].repeat(1, tokens, 1)
+        given["txt_ids"] = given["txt_ids"][:1].repeat(tokens, 1)
+        return given
+
+    with torch.no_grad():
+        step = ck.cache(sp.model, ck.step_mask([True, False] * 4))
+        compiled = step.compile(backend="eager") if way == "programs" else None
+        call = compiled or torch.compile(step, fullgraph=True, backend="eager")
+        graphs = []
+        for tokens in (6, 9, 11, 14):
+            state, wanted = (compiled or step).init(6, **inputs(0, tokens)), step.init(6, **inputs(0, tokens))
+            for i in range(6):
+                out, state = call(state, **inputs(i, tokens))
+                right, wanted = step(wanted, **inputs(i, tokens))
+                assert error(out, right) < 1e-4
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] <= 2 * graphs[0]
+    assert graphs[1:] == graphs[1:2] * 3
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan"])
+def test_regional_compiles_every_class_of_block_once(name):
+    sp = specimen(name)
+    counters.clear()
+    with torch.no_grad():
+        step = ck.cache(sp.model, policy_for("first_block_cache", sp, 12))
+        compiled = step.compile(regional=True, backend="aot_eager")
+        same(step, compiled, sp, 12, compiled.init(12, **sp.inputs(0)))
+    kinds = {type(block) for block in compiled._blocks.values()}
+    classes = {type(getattr(block, "_orig_mod", block)) for block in compiled._blocks.values()}
+    assert len(kinds) == 1
+    assert counters["stats"]["unique_graphs"] == len(classes)
+
+
+def test_compile_leaves_the_old_step_eager():
+    sp = specimen("Wan")
+    with torch.no_grad():
+        step = ck.cache(sp.model, ck.step_mask([1, 0, 1]))
+        compiled = step.compile(backend="eager")
+        assert compiled is not step
+        counters.clear()
+        run(step, step.init(3, **sp.inputs(0)), sp, 3)
+    assert not counters["stats"]["unique_graphs"]
+
+
+def test_a_wrong_call_of_a_compiled_step_is_no_wrong_result():
+    sp = specimen("Wan")
+    with torch.no_grad():
+        step = ck.cache(sp.model, ck.step_mask([1, 0]))
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        _, state = run(compiled, step.init(2, **sp.inputs(0)), sp, 2)
+        with pytest.raises(RuntimeError, match="all of its timesteps"):
+            compiled(state, **sp.inputs(2))
+        smaller = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in sp.inputs(0).items()}
+        state = step.init(2, **sp.inputs(0))
+        with pytest.raises(Exception, match="the state holds"):
+            compiled(state, **smaller)
+
+
+LOADER = """
+import json, sys, torch
+package = sys.argv[1]
+run = torch._inductor.aoti_load_package(package)
+leaves = torch.load(package + ".state.pt")
+inputs, outs = torch.load(sys.argv[2])
+for given, wanted in zip(inputs, outs, strict=True):
+    out, leaves = run(leaves, **given)
+    error = ((out[0] - wanted).norm() / wanted.norm()).item()
+    assert error < 1e-4, error
+names = [leaf["name"] for leaf in json.load(open(package + ".json"))["state"]]
+computed = leaves[names.index("computed")]
+assert not {"cachekit", "diffusers"} & set(sys.modules)
+print(computed.tolist())
+"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_export_runs_in_a_process_that_knows_only_torch(tmp_path):
+    sp = specimen("DiT")
+    with torch.no_grad():
+        step = ck.cache(sp.model, policy_for("first_block_cache", sp, 10))
+        package = tmp_path / "step.pt2"
+        state = step.init(10, **sp.inputs(0), return_dict=False)
+        step.export(package, state, **sp.inputs(0), return_dict=False)
+        inputs = [sp.inputs(i) for i in range(10)]
+        outs = []
+        for given in inputs:
+            out, state = step(state, **given, return_dict=False)
+            outs.append(out[0])
+    torch.save((inputs, outs), tmp_path / "io.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, str(package), str(tmp_path / "io.pt")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    computed = json.loads(done.stdout.strip().splitlines()[-1].lower())
+    assert tuple(computed) == ck.summary(state).computed
+    assert {True, False} == set(computed)

@@ -1,0 +1,332 @@
+"""What discovery makes of a model, and that the cache it builds is the one a person would write for it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import dit
+import pytest
+import torch
+from dit import FLOWS, Reference, feed
+from torch import Tensor, nn
+
+import cachekit as ck
+from cachekit.discovery import discover
+from cachekit.shadow import block_paths
+from cachekit.structure import Found, lay_out
+
+STEPS = 7
+MASK = (1, 0, 1, 0, 0, 1, 0)
+ALL = "blocks.0..blocks.3"
+BOTH, IMAGE = ((0, 0), (1, 1)), ((0, 0),)  # streams, as (output, argument)
+DISCOVERED = tuple(flow for flow in FLOWS if flow != "ambiguous")
+
+
+def found(model: nn.Module, front: int = 0, structure: tuple[ck.Chain, ...] = (), inputs: tuple | None = None) -> Found:
+    """What discovery says of a model."""
+    record = discover(model, block_paths(model), inputs or feed(0), {}, torch.device("cpu"))
+    return lay_out(record, front, structure)
+
+
+def first_block(mask: tuple[int, ...] = MASK) -> ck.Policy:
+    """FirstBlockCache that skips where it is told to."""
+    policy = ck.first_block_cache(0.1)
+    return ck.Policy(policy.name, ck.deciders.mask(mask), policy.forecaster, policy.signal, policy.front)
+
+
+@torch.no_grad()
+def run(step: ck.CachedStep, init: Callable | None = None) -> tuple[list[Tensor], ck.State]:
+    """The outputs of a trajectory, and its last state."""
+    state, outputs = (init or step.init)(STEPS, *feed(0)), []
+    for index in range(STEPS):
+        out, state = step(state, *feed(index))
+        outputs.append(out)
+    return outputs, state
+
+
+@torch.no_grad()
+def check(step: ck.CachedStep, reference: Reference, init: Callable | None = None) -> None:
+    """A trajectory is that of the hand-written cache, and its skips matter."""
+    outputs, state = run(step, init)
+    computed = ck.summary(state).computed
+    assert False in computed[1:]
+    for index, out in enumerate(outputs):
+        torch.testing.assert_close(out, reference(computed[index], *feed(index)), atol=1e-6, rtol=1e-6)
+        exact = torch.equal(out, reference.original(*feed(index)))
+        assert exact == computed[index], "a skip that changes nothing shows nothing"
+
+
+# flow -> chains, leader, streams of every site without a front, sites with a front of one block
+STRUCTURES = {
+    "plain": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+    "cross": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+    "swapped": ([ALL], 0, [((1, "x"),)], ["blocks.1..blocks.3"]),
+    "one": (["blocks.0"], 0, [IMAGE], None),
+    "glue": (["blocks.0..blocks.1", "blocks.2..blocks.3"], 0, [BOTH, IMAGE], ["blocks.1", "blocks.2..blocks.3"]),
+    "read": (["blocks.0..blocks.1", "blocks.2..blocks.3"], 0, [BOTH, IMAGE], ["blocks.1", "blocks.2..blocks.3"]),
+    "interleaved": (
+        [f"{name}.{i}" for i in range(4) for name in ("blocks", "temporal")],
+        0,
+        [BOTH] * 7 + [IMAGE],
+        [f"{name}.{i}" for i in range(4) for name in ("blocks", "temporal")][1:],
+    ),
+    "zipped": (["blocks.0..temporal.3"], 0, [IMAGE], ["temporal.0..temporal.3"]),
+    "two": ([ALL, "single.0..single.3"], 0, [BOTH, IMAGE], ["blocks.1..blocks.3", "single.0..single.3"]),
+    "twice": ([ALL], 0, [IMAGE], ["blocks.0..blocks.3#1"]),
+    "skips": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+    "refined": (["refiner.0..refiner.1", ALL], 1, [IMAGE], ["blocks.1..blocks.3"]),
+    "inplace": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+    "branching": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+}
+
+
+@pytest.mark.parametrize("flow", DISCOVERED)
+def test_chains_leader_streams_and_sites(flow):
+    chains, leader, streams, behind_front = STRUCTURES[flow]
+    model = dit.dit(flow)
+    seen = found(model)
+    assert list(seen.chains) == chains
+    assert seen.leader == chains[leader]
+    assert [span.name for span in seen.layout.sites] == chains[leader:]
+    assert [tuple((stream.leaf, stream.key) for stream in span.streams) for span in seen.layout.sites] == streams
+    assert all(span.streams[span.main].key in (0, "x") for span in seen.layout.sites)
+    assert seen.faked == (flow != "branching")
+    state = ck.cache(model, ck.step_mask(MASK)).init(STEPS, *feed(0))
+    assert list(state.sites) == chains[leader:]
+    if behind_front is not None:
+        seen = found(model, front=1)
+        assert [span.name for span in seen.layout.sites] == behind_front
+        assert [span.paths for span in seen.layout.spans if span.front] == [(chains[leader].partition("..")[0],)]
+
+
+def policies(flow: str, *, skipping: bool) -> list[ck.Policy]:
+    """Every method, where nothing is skipped and where much is."""
+    chosen = [ck.mag_cache([1.0] * STEPS, retention=0, max_skips=2 if skipping else 0)]
+    chosen.append(ck.step_mask(MASK if skipping else [1] * STEPS))
+    if flow != "one":
+        chosen.append(ck.first_block_cache(math.inf, max_skips=2) if skipping else ck.first_block_cache(0.0))
+        chosen.append(first_block(MASK if skipping else (1,) * STEPS))
+    return chosen
+
+
+@pytest.mark.parametrize("flow", DISCOVERED)
+def test_a_cache_that_never_skips_is_exact(flow):
+    model = dit.dit(flow)
+    for policy in policies(flow, skipping=False):
+        outputs, state = run(ck.cache(model, policy))
+        assert all(ck.summary(state).computed)
+        for index, out in enumerate(outputs):
+            with torch.no_grad():
+                assert torch.equal(out, model(*feed(index))), policy.name
+
+
+@pytest.mark.parametrize("flow", DISCOVERED)
+def test_skips_are_those_of_a_cache_by_hand(flow):
+    model = dit.dit(flow)
+    leader = STRUCTURES[flow][1]
+    for policy in policies(flow, skipping=True):
+        check(ck.cache(model, policy), Reference(model, policy.front, leader))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    ("flow", "whole", "front"),
+    [
+        ("swapped", False, 1),
+        ("twice", True, 0),
+        ("skips", True, 1),
+        ("inplace", False, 0),
+        ("inplace", True, 1),
+        ("interleaved", False, 0),
+    ],
+)
+def test_compiled_skips_are_those_of_a_cache_by_hand(flow, whole, front):
+    model = dit.dit(flow, depth=2)
+    step = ck.cache(model, first_block() if front else ck.step_mask(MASK))
+    compiled = torch.compile(step, fullgraph=True, backend="eager") if whole else step.compile(backend="eager")
+    check(compiled, Reference(model, front), init=step.init if whole else compiled.init)
+
+
+def test_a_refiner_is_told_apart_from_the_main_list():
+    step = ck.cache(dit.dit("refined"), ck.first_block_cache(0.1))
+    lines = step.explain(STEPS, *feed(0)).splitlines()
+    assert lines[2].startswith("leading chain: blocks.0..blocks.3 (")
+    assert "refiner before it refines one input alone" in lines[2]
+    assert "always runs: refiner.0..refiner.1: runs before the leading chain" in lines
+
+
+def test_a_block_behind_the_front_is_needed():
+    model = dit.dit("one")
+    step = ck.cache(model, ck.first_block_cache(0.1))
+    with pytest.raises(ck.StructureError, match=r"blocks\.0 is the only chain.*mag_cache or step_mask"):
+        step.init(STEPS, *feed(0))
+    for policy in (ck.step_mask(MASK), ck.mag_cache([1.0] * STEPS, retention=0, max_skips=2)):
+        check(ck.cache(model, policy), Reference(model))
+    policy = ck.Policy("three", ck.deciders.drift(0.1), ck.forecasters.hold(), ck.signals.change, front=3)
+    step = ck.cache(dit.dit(depth=2), policy)
+    with pytest.raises(ck.StructureError, match=r"`front` is 3.*blocks\.0\.\.blocks\.1 has 2 blocks"):
+        step.init(STEPS, *feed(0))
+
+
+def test_ambiguous_streams_are_refused_until_they_are_stated():
+    model = dit.dit("ambiguous")
+    step = ck.cache(model, ck.step_mask(MASK))
+    with pytest.raises(ck.StructureError, match=r"no block continues .*State .*cachekit\.Chain"):
+        step.init(STEPS, *feed(0))
+    chains = [ck.Chain([f"blocks.{i}"], {0: 0}) for i in range(4)]
+    check(ck.cache(model, ck.step_mask(MASK), chains), Reference(model))
+
+
+@pytest.mark.parametrize(
+    ("flow", "chains"),
+    [
+        ("cross", [ck.Chain("blocks", {0: 0})]),
+        ("plain", [ck.Chain("blocks", {0: 0, 1: 1})]),
+        ("swapped", [ck.Chain("blocks", {1: "x", 0: "text"})]),
+        ("twice", [ck.Chain("blocks", {0: 0, 1: 1})]),
+        ("glue", [ck.Chain([f"blocks.{i}" for i in pair], {0: 0, 1: 1}) for pair in ((0, 1), (2, 3))]),
+        ("two", [ck.Chain("blocks", {0: 0, 1: 1}), ck.Chain("single", {0: 0})]),
+        ("zipped", [ck.Chain([f"{name}.{i}" for i in range(4) for name in ("blocks", "temporal")], {0: 0, 1: 1})]),
+    ],
+)
+def test_a_structure_stated_by_hand_is_the_one_found(flow, chains):
+    model = dit.dit(flow)
+    for policy in (ck.step_mask(MASK), first_block()):
+        by_hand, _ = run(ck.cache(model, policy, chains))
+        by_itself, _ = run(ck.cache(model, policy))
+        for one, other in zip(by_hand, by_itself, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_blocks_that_write_to_their_arguments_leave_the_right_residual():
+    model = dit.dit("inplace")
+    reference = Reference(model)
+    _, state = run(ck.cache(model, ck.step_mask(MASK)))
+    with torch.no_grad():
+        for index in range(STEPS):
+            reference(bool(MASK[index]), *feed(index))
+    (streams,) = state.sites.values()
+    torch.testing.assert_close(streams[0].value, reference.added[0][0], atol=1e-6, rtol=1e-6)
+
+
+class Writes(nn.Module):
+    """Branches on data, and its blocks write to the very argument of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Writer() for _ in range(3))
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Denoise."""
+        if t.sum() > 1e9:
+            x = 2 * x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Writer(nn.Module):
+    """Adds to its argument in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(dit.CHANNELS, dit.CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The argument itself."""
+        x += 0.1 * self.mix(x)
+        return x
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_that_branches_on_data_is_discovered_by_a_real_forward(mode):
+    with mode():
+        inputs = feed(0)
+        step = ck.cache(Writes(), ck.step_mask(MASK))
+        assert "one real forward (it branches on data" in step.explain(STEPS, *inputs)
+        assert list(step.init(STEPS, *inputs).sites) == ["blocks.0..blocks.2"]
+        for value, fresh in zip(inputs, feed(0), strict=True):
+            assert torch.equal(value, fresh), "init wrote to its arguments"
+
+
+class Listed(nn.Module):
+    """Blocks kept in other ways than in one list of nn.ModuleList, or one of them several times."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        block = nn.Sequential(nn.Linear(dit.CHANNELS, dit.CHANNELS), nn.Tanh())
+        blocks = [copy.deepcopy(block) for _ in range(3)]
+        self.blocks = {
+            "tied": lambda: nn.ModuleList([block] * 3),
+            "nested": lambda: nn.ModuleList(nn.ModuleList([one, copy.deepcopy(block)]) for one in blocks),
+            "sequential": lambda: nn.Sequential(*blocks),
+            "named": lambda: nn.ModuleDict({"abc"[i]: one for i, one in enumerate(blocks)}),
+        }[kind]()
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Denoise."""
+        if self.kind == "nested":
+            for first, second in self.blocks:
+                x = second(first(x))
+            return x
+        for block in self.blocks.values() if self.kind == "named" else self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "chain", "site"),
+    [
+        ("tied", None, "blocks.0..blocks.2"),
+        ("nested", None, "blocks.0.0..blocks.2.1"),
+        ("sequential", ck.Chain([f"blocks.{i}" for i in "012"], {0: 0}), "blocks.0..blocks.2"),
+        ("named", ck.Chain([f"blocks.{i}" for i in "abc"], {0: 0}), "blocks.a..blocks.c"),
+    ],
+)
+def test_blocks_are_found_however_they_are_kept(kind, chain, site):
+    model = Listed(kind)
+    outputs, state = run(ck.cache(model, ck.step_mask(MASK), chain))
+    assert list(state.sites) == [site]
+    residual = None
+    with torch.no_grad():
+        for index, out in enumerate(outputs):
+            if MASK[index]:
+                residual = model(*feed(index)) - feed(index)[0]
+            torch.testing.assert_close(out, feed(index)[0] + residual, atol=1e-6, rtol=1e-6)
+
+
+def test_an_inner_model_and_a_second_name_for_its_blocks_are_one_chain():
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = dit.dit()
+            self.same = self.inner.blocks
+
+        def forward(self, *args: Tensor) -> Tensor:
+            return self.inner(*args)
+
+    model = Wrapper()
+    outputs, state = run(ck.cache(model, ck.step_mask(MASK)))
+    assert list(state.sites) == ["inner.blocks.0..inner.blocks.3"]
+    expected, _ = run(ck.cache(model.inner, ck.step_mask(MASK)))
+    assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("flow", ["plain", "branching"])
+def test_the_model_is_left_as_it_was(flow):
+    model = dit.dit(flow)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    keys = {name: set(module.__dict__) for name, module in modules.items()}
+    before = copy.deepcopy(model.state_dict())
+    step = ck.cache(model, ck.first_block_cache(0.1))
+    step.explain(STEPS, *feed(0))
+    run(step)
+    assert dict(model.named_modules()) == modules
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert keys == {name: set(module.__dict__) for name, module in modules.items()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
