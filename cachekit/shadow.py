@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -43,8 +43,7 @@ def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
                 visit(child, f"{path}.", listed)
 
     visit(model, "", listed=False)
-    by_hand = [name for name in named if name not in found]
-    return found + by_hand
+    return found + [name for name in named if name not in found]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -65,11 +64,15 @@ def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
     return shell
 
 
-def refresh(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -> None:
-    """Let the shells follow plain attributes of the model: training mode, checkpointing flags and the like."""
+def shells(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+    """The modules on the way to `sites`, each with its copy."""
     prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
-    for prefix in ("", *sorted(prefixes)):
-        source, target = model.get_submodule(prefix), shell.get_submodule(prefix)
+    return [(model.get_submodule(prefix), shell.get_submodule(prefix)) for prefix in ("", *sorted(prefixes))]
+
+
+def refresh(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Let the copies follow plain attributes of the originals: training mode, checkpointing flags and the like."""
+    for source, target in pairs:
         for name, value in source.__dict__.items():
             if name not in ("_modules", "_compiled_call_impl", *PATCHED) and target.__dict__.get(name) is not value:
                 target.__dict__[name] = value
@@ -166,6 +169,3 @@ def stale(record: Fingerprint, model: nn.Module) -> str | None:
                     return ".".join(part for part in (path, changed[0] if changed else "") if part)
             return "a module"
     return None
-
-
-Site = Callable[..., Any]

@@ -21,7 +21,7 @@ from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.policy import Policy
 from cachekit.programs import Programs, numbers
-from cachekit.shadow import block_paths, fingerprint, refresh, shadow, stale, stand_in, unwrap
+from cachekit.shadow import block_paths, fingerprint, refresh, shadow, shells, stale, stand_in, unwrap
 from cachekit.sites import EAGER, GRAPH, BlockSite, Frame, check_reached, run_framed
 from cachekit.state import State, fresh_log, human_bytes, state_bytes
 from cachekit.structure import Chain, Found, Layout, lay_out
@@ -132,9 +132,7 @@ class CachedStep(nn.Module):
         self.structure = stated
         # Not registered: the shadow holds the same parameters, under the same names.
         self.__dict__["original"] = unwrap(model)
-        self._named = tuple(name for chain in stated if not isinstance(chain.blocks, str) for name in chain.blocks)
-        for name in self._named:
-            _submodule(self.original, name)
+        self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         if not block_paths(self.original, self._named):
             raise StructureError(
                 f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
@@ -158,7 +156,9 @@ class CachedStep(nn.Module):
             site.__dict__.update(_path=path, _block=blocks[path])
         self.shadow = shadow(self.original, sites)
         self._blocks = self._regional(blocks)
+        self._shells = shells(self.original, self.shadow, sites)
         self._fingerprint = fingerprint(self.original)
+        self._children = [(source, *child) for source, _ in self._shells for child in source.named_children()]
         self._helpers = _helpers(blocks)
         self._found.clear()
 
@@ -176,7 +176,7 @@ class CachedStep(nn.Module):
         with self._lock:
             if stale(self._fingerprint, self.original) is not None:
                 self._derive()
-            refresh(self.original, self.shadow, self._blocks)
+            refresh(self._shells)
             if signature not in self._found:
                 _refuse(self.original)
                 record = discover(self.original, list(self._blocks), args, kwargs, torch.device(device))
@@ -308,11 +308,8 @@ class CachedStep(nn.Module):
         layout = self.check_state(state)
         changed = stale(self._fingerprint, self.original)
         if changed is not None:
-            raise StructureError(
-                f"{changed} was added, removed or replaced since init. Make a new state with step.init: it takes the "
-                "change up."
-            )
-        refresh(self.original, self.shadow, self._blocks)
+            raise _replaced(changed)
+        refresh(self._shells)
         index, steps = int(state.step), len(state.timesteps)
         if index >= steps:
             raise StateError(
@@ -366,6 +363,10 @@ class CachedStep(nn.Module):
         torch._assert_async(
             state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
         )
+        for parent, name, child in self._children:
+            # What lies deeper is shared with the model, and guarded by the compiler itself.
+            if getattr(parent, name, None) is not child:
+                raise _replaced(name)
         for helper in self._helpers:
             # Two branches that each ask for the signature of one helper fail to trace, unless it was asked before.
             inspect.signature(helper.__call__)
@@ -509,6 +510,12 @@ class CachedStep(nn.Module):
         return self.policy.name
 
 
+def _replaced(what: str) -> StructureError:
+    return StructureError(
+        f"{what} was added, removed or replaced since init. Make a new state with step.init: it takes the change up."
+    )
+
+
 def _tensors(sums) -> Sums:
     both = torch.stack(tuple(sums)).to(device="cpu", dtype=torch.float64)
     return Sums(both[0], both[1])
@@ -559,11 +566,20 @@ def _helpers(blocks: Mapping[str, nn.Module]) -> tuple[Any, ...]:
     return tuple(value for value in found.values() if isinstance(type(value).__call__, types.FunctionType))
 
 
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ArgumentError(f"`structure` names the block {name!r}, which {type(model).__name__} does not have.") from error
+def _named(model: nn.Module, chain: Chain) -> list[str]:
+    """The blocks of a chain stated by hand: those it lists, or the children of the container it names."""
+    names = [chain.blocks] if isinstance(chain.blocks, str) else list(chain.blocks)
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise ArgumentError(
+                f"`structure` names the block {name!r}, which {type(model).__name__} does not have. Its children: "
+                f"{', '.join(child for child, _ in model.named_children()) or 'none'}."
+            ) from error
+        if isinstance(chain.blocks, str) and isinstance(module, (nn.ModuleList, nn.Sequential)):
+            return [f"{name}.{child}" for child, _ in module.named_children()]
+    return names
 
 
 def _refuse(model: nn.Module) -> None:

@@ -119,7 +119,8 @@ def write(
         path = out / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(png)
-    (out / "report.html").write_text(report.html(rows, sentences, facts, images), encoding="utf-8")
+    page = report.html(rows, sentences, facts, images, len(reference))
+    (out / "report.html").write_text(page, encoding="utf-8")
 
     record: dict[str, Any] = {
         "seed": args.seed,

@@ -60,17 +60,21 @@ def html(
     sentences: Sequence[str],
     facts: Mapping[str, str],
     pictures: Mapping[str, bytes],
+    digits: int,
 ) -> str:
     """The report.
 
     Args:
-        rows: of the table, in groups.
+        rows: of the table, in groups, the uncached one first.
         sentences: the headline, then what follows it.
         facts: what was run, on what.
         pictures: PNGs: "pattern", "speed", and for every row "samples/<number>" and "differences/<number>".
+        digits: how many samples each row has.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         headline=escape(sentences[0]),
+        digits=str(digits),
+        steps=str(rows[0].steps),
         verdict="".join(f"<p>{escape(sentence)}</p>" for sentence in sentences[1:]),
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()),
         table=_table(rows),

@@ -117,7 +117,7 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
         for interval in ((3,) if short else (2, 3, 5))
         for forecaster in (None, taylor)
     ]
-    return [Setting(UNCACHED, f"{steps}", steps), *plain, *first, *mag, *mask]
+    return [Setting(UNCACHED, f"{steps} steps", steps), *plain, *first, *mag, *mask]
 
 
 def _plus(forecaster: ck.forecasters.Forecaster | None) -> str:

@@ -1,0 +1,270 @@
+"""The demo: its metrics, its comparison with fewer steps, and a short run from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from torch import Tensor
+
+import cachekit as ck
+from cachekit.demo import pictures
+from cachekit.demo.__main__ import arguments, main
+from cachekit.demo.metrics import psnr, ssim
+from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, settings
+from cachekit.demo.verdict import gain, headline
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def images(seed: int, count: int = 3) -> Tensor:
+    """[count, 1, 1, 16, 16] in [-1, 1]."""
+    return torch.rand(count, 1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def row(group: str, steps: float, psnr: float | None, seconds: float | None = None) -> Row:
+    """A row of which only what is compared matters."""
+    return Row(
+        group=group,
+        detail=f"{steps:g}",
+        policy="",
+        forecast=False,
+        steps=50,
+        computed={},
+        computed_steps=steps,
+        seconds=steps if seconds is None else seconds,
+        speedup=1.0,
+        psnr=psnr,
+        ssim=1.0,
+        recognised=1.0,
+    )
+
+
+PLAIN = [row(UNCACHED, 50, None), row(FEWER, 40, 50.0), row(FEWER, 20, 40.0), row(FEWER, 10, 30.0)]
+
+
+# Metrics -----------------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds)
+def test_equal_images_are_perfect(seed):
+    x = images(seed)
+    assert psnr(x, x) == math.inf
+    assert ssim(x, x) == pytest.approx(1.0, abs=1e-12)
+
+
+@given(seed=seeds, offset=st.floats(1e-3, 2))
+def test_psnr_of_a_constant_offset(seed, offset):
+    x = images(seed).double()
+    assert psnr(x + offset, x) == pytest.approx(20 * math.log10(2 / offset), abs=1e-6)
+
+
+def test_psnr_pools_the_images():
+    """One image off by 1 among four is a mean squared error of 1/4, whatever its place."""
+    x = torch.zeros(4, 1, 1, 16, 16)
+    y = x.clone()
+    y[2] += 1
+    assert psnr(y, x) == pytest.approx(10 * math.log10(4 / 0.25))
+
+
+def test_psnr_sees_beyond_the_ends():
+    assert psnr(torch.full((1, 1, 1, 16, 16), 1.5), torch.ones(1, 1, 1, 16, 16)) == pytest.approx(20 * math.log10(4))
+
+
+@given(seed=seeds, metric=st.sampled_from([psnr, ssim]), small=st.floats(0.01, 0.1), factor=st.floats(1.5, 5))
+def test_metrics_are_symmetric_and_fall_with_noise(seed, metric, small, factor):
+    x, noise = images(seed), images(seed + 1)
+    near, far = x + small * noise, x + small * factor * noise
+    assert metric(x, near) == pytest.approx(metric(near, x))
+    assert metric(near, x) > metric(far, x)
+
+
+@given(a=st.floats(-1, 1), b=st.floats(-1, 1))
+def test_ssim_of_constant_images_is_their_luminance_term(a, b):
+    x, y = (torch.full((2, 1, 1, 16, 16), value, dtype=torch.float64) for value in (a, b))
+    c1 = (0.01 * 2) ** 2
+    assert ssim(x, y) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-6)
+
+
+@given(seed=seeds)
+def test_ssim_agrees_with_a_loop_over_windows(seed):
+    x, y = images(seed, 2).double(), images(seed + 1, 2).double()
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    values = []
+    for n in range(2):
+        for top in range(16 - 6):
+            for left in range(16 - 6):
+                a, b = (batch[n, 0, 0, top : top + 7, left : left + 7].flatten() for batch in (x, y))
+                covariance = ((a - a.mean()) * (b - b.mean())).mean()
+                above = (2 * a.mean() * b.mean() + c1) * (2 * covariance + c2)
+                below = (a.mean() ** 2 + b.mean() ** 2 + c1) * (a.var(correction=0) + b.var(correction=0) + c2)
+                values.append(above / below)
+    assert ssim(x, y) == pytest.approx(float(sum(values) / len(values)))
+
+
+# Against fewer steps -----------------------------------------------------------------------------------------
+
+
+@given(steps=st.floats(10, 40), distance=st.floats(20, 60))
+def test_gain_is_over_the_line_between_the_two_nearest_runs(steps, distance):
+    cached = row("step_mask", steps, distance)
+    expected = 30 + 10 * math.log2(steps / 10)  # PLAIN gains 10 dB with every doubling
+    assert gain(cached, [*PLAIN, cached]).at_equal_steps == pytest.approx(distance - expected)
+
+
+def test_gain_by_steps_and_by_time_are_two_things():
+    cached = row("first_block_cache", 20, 45.0, seconds=40.0)
+    assert gain(cached, [*PLAIN, cached]) == pytest.approx((5.0, -5.0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "distance", "expected"),
+    [
+        (45, 49.0, -1.0),  # costs more than 40 plain steps and is worse
+        (45, 51.0, None),  # costs more and is better: 45 plain steps are not known
+        (5, 31.0, 1.0),  # costs less than 10 plain steps and is better
+        (5, 29.0, None),
+        (20, None, None),  # identical to the reference
+    ],
+)
+def test_beyond_the_ends_only_what_is_certain_is_claimed(steps, distance, expected):
+    cached = row("mag_cache", steps, distance)
+    assert gain(cached, [*PLAIN, cached]).at_equal_steps == expected
+
+
+def test_runs_without_a_cache_gain_nothing():
+    assert all(gain(entry, PLAIN) == (None, None) for entry in PLAIN)
+
+
+def test_headline_names_the_best_and_every_loser():
+    rows = [*PLAIN, row("step_mask", 20, 44.0), row("mag_cache", 20, 38.5), row("first_block_cache", 20, 41.0, 40.0)]
+    best, steps, seconds = headline(rows)
+    assert "step_mask 20" in best and "44.0 dB" in best and "40.0 dB" in best
+    assert "2 of 3" in steps and steps.endswith("these lose to it: mag_cache 20 (-1.5 dB).")
+    assert "1 of 3" in seconds and "first_block_cache 20 (-9.0 dB), mag_cache 20 (-1.5 dB)" in seconds
+
+
+def test_headline_admits_that_no_cache_wins():
+    best, *_ = headline([*PLAIN, row("mag_cache", 20, 38.5)])
+    assert best.startswith("Here no cache beats")
+
+
+def test_headline_without_anything_to_compare():
+    assert len(headline([*PLAIN, row("mag_cache", 45, 60.0)])) == 1
+
+
+# Pictures ----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_ink_dark_and_differences_red(tmp_path):
+    blank, inked = torch.full((10, 1, 1, 16, 16), -1.0), torch.full((10, 1, 1, 16, 16), 1.0)
+    for name, png, colour in [
+        ("blank", pictures.samples(blank, 5), (1, 1, 1)),
+        ("inked", pictures.samples(inked, 5), (0, 0, 0)),
+        ("equal", pictures.differences(blank, blank, 5), (1, 1, 1)),
+        ("apart", pictures.differences(inked, blank, 5), (0.78, 0.1, 0.12)),
+    ]:
+        (tmp_path / name).write_bytes(png)
+        pixels = imread(tmp_path / name, format="png")
+        assert pixels.shape[:2] == (2 * 64 + 3, 5 * 64 + 4 * 3)
+        assert tuple(pixels[0, 0, :3]) == pytest.approx(colour, abs=0.01)
+
+
+# A short run -------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """What a short run left behind."""
+
+    def __init__(self, folder: Path, printed: str) -> None:
+        self.folder = folder
+        self.printed = printed
+        self.results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        self.rows: list[dict[str, Any]] = self.results["rows"]
+        self.report = (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Output:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *values: lines.append(" ".join(map(str, values))))
+        main(["--short", "--seed", "3", "--threads", str(torch.get_num_threads()), "--out", str(folder)])
+    return Output(folder, "\n".join(lines))
+
+
+def test_every_file_is_there(output):
+    count = len(output.rows)
+    pngs = sorted(str(path.relative_to(output.folder)) for path in output.folder.rglob("*.png"))
+    numbered = [f"{kind}/{n:02d}.png" for kind in ("differences", "samples") for n in range(count)]
+    assert pngs == sorted(["pattern.png", "speed.png", *numbered])
+    for png in pngs:
+        assert imread(output.folder / png).size > 0
+    assert ck.MagRatios.load(output.folder / "mag_ratios.json").steps == 20
+
+
+def test_rows_are_what_was_planned(output):
+    planned = settings(20, ck.MagRatios.load(output.folder / "mag_ratios.json"), short=True)
+    assert [entry["label"] for entry in output.rows] == [setting.label for setting in planned]
+    assert {entry["group"] for entry in output.rows} == set(pictures.COLOURS)
+    for entry, setting in zip(output.rows, planned, strict=True):
+        assert set(entry["computed"]) == set(STREAMS)
+        for computed in entry["computed"].values():
+            assert len(computed) == setting.steps == entry["steps"] and computed[0]
+            if setting.policy is None:
+                assert all(computed)
+            elif setting.policy.decider.static:
+                assert tuple(computed) == ck.deciders.plan(setting.policy.decider, setting.steps)
+        counts = [sum(computed) for computed in entry["computed"].values()]
+        assert entry["computed_steps"] == sum(counts) / len(counts)
+
+
+def test_scores_are_consistent(output):
+    uncached, *others = output.rows
+    assert (uncached["psnr"], uncached["speedup"], uncached["ssim"]) == (None, 1.0, pytest.approx(1.0))
+    for entry in others:
+        assert entry["seconds"] > 0
+        assert entry["speedup"] == pytest.approx(uncached["seconds"] / entry["seconds"])
+        # A trained model and sane settings: all look alike, none is a copy.
+        assert 20 < entry["psnr"] < 100
+        assert 0.9 < entry["ssim"] < 1
+        assert entry["recognised"] >= 0.8
+    fewer = [entry["psnr"] for entry in others if entry["group"] == FEWER]
+    assert fewer == sorted(fewer, reverse=True)
+
+
+def test_results_say_how_they_came_about(output):
+    assert output.results["seed"] == 3 and output.results["short"] is True
+    assert output.results["versions"]["torch"] == torch.__version__
+    assert output.results["versions"]["cachekit"] == ck.__version__
+
+
+def test_the_report_stands_alone_and_holds_every_row(output):
+    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^">)]{0,22})', output.report)
+    assert sources == ["data:image/png;base64,"] * (2 + 2 * len(output.rows))
+    assert "http" not in re.sub(r"base64,[^\"]*", "", output.report)
+    text = re.sub(r"<[^>]*>", "", output.report)
+    for entry in output.rows:
+        assert text.count(entry["label"]) >= 2  # in the table and with its samples
+        assert entry["label"] in output.printed
+    for sentence in output.results["verdict"]:
+        assert sentence in text and sentence in output.printed
+
+
+def test_options(capsys):
+    full, short = arguments([]), arguments(["--short"])
+    assert (full.digits_per_class, full.steps, full.out) == (4, 50, Path("demo_output"))
+    assert (short.digits_per_class, short.steps) == (1, 20)
+    assert arguments(["--short", "--steps", "30"]).steps == 30
+    with pytest.raises(SystemExit):
+        arguments(["--steps", "3"])
+    assert "--steps must be at least 10, got 3" in capsys.readouterr().err
