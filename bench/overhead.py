@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import FluxTransformer2DModel
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_cache, apply_mag_cache
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 import cachekit as ck
 
@@ -52,7 +53,7 @@ def build(spec: dict[str, int]) -> tuple[FluxTransformer2DModel, list[dict[str, 
     """A Flux of the given size with open gates, and the inputs of a few slowly changing steps."""
     torch.manual_seed(0)
     width = spec["heads"] * spec["width"]
-    axes = {64: [16, 24, 24], 8: [2, 2, 4]}[spec["width"]]
+    axes = {64: (16, 24, 24), 8: (2, 2, 4)}[spec["width"]]
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -100,6 +101,7 @@ class Ours:
         self.inputs = inputs
 
     def __call__(self, i: int) -> torch.Tensor:
+        """One step; its output."""
         out, self.state = self.run(self.state, **self.inputs[i % len(self.inputs)])
         return out[0]
 
@@ -109,11 +111,15 @@ class Hooks:
 
     def __init__(self, model, config, inputs, compiled: bool) -> None:
         hooked = copy.deepcopy(model)
-        (apply_first_block_cache if isinstance(config, FirstBlockCacheConfig) else apply_mag_cache)(hooked, config)
+        if isinstance(config, FirstBlockCacheConfig):
+            apply_first_block_cache(hooked, config)
+        else:
+            apply_mag_cache(hooked, config)
         self.model, self.inputs = hooked, inputs
         self.run = torch.compile(hooked) if compiled else hooked
 
     def __call__(self, i: int) -> torch.Tensor:
+        """One step; its output."""
         with self.model.cache_context("cond"):
             return self.run(**self.inputs[i % len(self.inputs)])[0]
 
@@ -151,9 +157,7 @@ def rows(model, inputs) -> list[Row]:
                 hooked = Hooks(model, theirs, inputs, is_compiled)
                 table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
             for way in ("eager", "regional", "programs", "one graph"):
-                table.append(
-                    Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against)
-                )
+                table.append(Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against))
     return table
 
 

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
+from cachekit.record import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, Tree
 from cachekit.shadow import PATCHED, shadow, stand_in
 from cachekit.sites import RECORD, BlockSite, framed
-from cachekit.structure import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, Tree
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -128,8 +128,7 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[li
     """The tensors of each argument, first those of the forward's first: by convention what is being denoised."""
     given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     tensors = {
-        name: [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        for name, value in given.items()
+        name: [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)] for name, value in given.items()
     }
     names = [name for name in tensors if tensors[name]]
     if not args:
@@ -174,7 +173,7 @@ class Recorder(TorchDispatchMode):
         self._seen: dict[str, int] = {}
         for n, tensors in enumerate(inputs):
             for tensor in tensors:
-                self._labels[tensor] = self._labels.get(tensor, frozenset()) | {DENOISED - n}
+                self._labels[tensor] = _set(self._labels, tensor) | {DENOISED - n}
 
     def token(self, tensor: Tensor) -> int:
         """The same int for the same object."""
@@ -186,7 +185,7 @@ class Recorder(TorchDispatchMode):
 
     def labels(self, tensor: Tensor) -> frozenset[int]:
         """What a tensor was computed from: calls of blocks, and arguments of the model."""
-        return self._labels.get(tensor, frozenset()) | self._written.get(_storage(tensor), frozenset())
+        return _set(self._labels, tensor) | self._written.get(_storage(tensor), frozenset())
 
     def _memory(self, tensor: Tensor) -> int:
         """The same int for the same memory, also after an address has been used again."""
@@ -237,7 +236,7 @@ class Recorder(TorchDispatchMode):
             sources = inputs
         else:
             return frozenset()
-        return frozenset().union(*(self._lineage.get(tensor, frozenset()) for tensor in sources))
+        return frozenset().union(*(_set(self._lineage, tensor) for tensor in sources))
 
     def call(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a block and write down what went in and out."""
@@ -266,7 +265,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._labels[leaf] = self.labels(leaf) | {index}
                 self._results.add(self.token(leaf))
-                lineage[i] = frozenset(key for n, key in self._lineage.get(leaf, ()) if n == index)
+                lineage[i] = frozenset(key for n, key in _set(self._lineage, leaf) if n == index)
         path = site._path
         self.calls.append(
             Call(
@@ -296,6 +295,10 @@ class Recorder(TorchDispatchMode):
             self._count += 1
             self._container_tokens[id(value)] = self._count
         return Tree(self._container_tokens[id(value)], treespec, tuple(self._node(leaf) for leaf in leaves))
+
+
+def _set(sets: WeakIdKeyDictionary, tensor: Tensor) -> frozenset:
+    return sets.get(tensor) or frozenset()
 
 
 def _version(tensor: Tensor) -> int:

@@ -61,7 +61,9 @@ class Policy:
         if isinstance(self.front, bool) or not isinstance(self.front, int) or self.front < 0:
             raise ArgumentError(f"`front` must be an int >= 0, got {self.front!r}. It counts blocks.")
         if self.front and self.signal is None:
-            raise ArgumentError(f"`signal` is None with front={self.front}. Give a signal, e.g. cachekit.signals.change.")
+            raise ArgumentError(
+                f"`signal` is None with front={self.front}. Give a signal, e.g. cachekit.signals.change."
+            )
         if not self.front and not self.decider.static:
             raise ArgumentError(
                 f"`decider` {self.decider.name!r} looks at a signal, and with front=0 none is measured before the "

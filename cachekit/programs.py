@@ -14,9 +14,9 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.errors import CacheError
+from cachekit.layout import Layout
 from cachekit.sites import COMPUTE, PROBE, REUSE, check_reached, run_framed
 from cachekit.state import State
-from cachekit.structure import Layout
 
 if TYPE_CHECKING:
     from cachekit.transform import CachedStep

@@ -136,7 +136,11 @@ def _rebind_closure(function: types.FunctionType, replace: Mapping[int, Any]) ->
         except ValueError:  # an empty cell
             cells.append(cell)
             continue
-        held = rebind(content, replace) if not isinstance(content, types.FunctionType) or content is not function else content
+        held = (
+            rebind(content, replace)
+            if not isinstance(content, types.FunctionType) or content is not function
+            else content
+        )
         changed = changed or held is not content
         cells.append(cell if held is content else types.CellType(held))
     if not changed:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
-from cachekit.structure import Const, Key, Span, Stream
+from cachekit.layout import Span, Stream
+from cachekit.record import Const, Key
 
 # How a frame is run.
 RECORD = "record"  # write the structure down
@@ -237,7 +238,7 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     states = frame["sites"][span.name]
     if mode == GRAPH:
         return None, _branch(frame, span, calls, states, bases)
-    if mode == COMPUTE or mode == EAGER and frame["compute"]:
+    if mode == COMPUTE or (mode == EAGER and frame["compute"]):
         output = _run(frame, span, calls)
         values = _values(span, output)
         residuals = _residuals(span, values, bases, states)

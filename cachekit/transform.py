@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import threading
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +14,14 @@ from torch.utils import _pytree as pytree
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, take, trajectory
-from cachekit.discovery import discover
-from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
+from cachekit.errors import ArgumentTypeError, StateError
+from cachekit.layout import Found, Layout
+from cachekit.opening import Opened
 from cachekit.policy import Policy
 from cachekit.programs import Programs, numbers
-from cachekit.shadow import block_paths, fingerprint, refresh, shadow, shells, stale, stand_in, unwrap
-from cachekit.sites import EAGER, GRAPH, BlockSite, Frame, check_reached, run_framed
+from cachekit.sites import EAGER, GRAPH, Frame, check_reached, run_framed
 from cachekit.state import State, fresh_log, human_bytes, state_bytes
-from cachekit.structure import Chain, Found, Layout, lay_out
+from cachekit.structure import Chain
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,22 @@ class CachedStep(nn.Module):
     and all steps of a trajectory.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        structure: Chain | Sequence[Chain] | None = None,
+        *,
+        programs: Programs | None = None,
+        block_options: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(model, CachedStep):
-            raise ArgumentTypeError("`model` is a cached step already. Give cache the model itself.")
+            raise ArgumentTypeError(
+                "`model` is a cached step already. Give cache the model itself, and another policy."
+            )
         if not isinstance(policy, Policy):
             raise ArgumentTypeError(
                 f"`policy` must be a Policy, got {type(policy).__name__}. Use e.g. cachekit.first_block_cache(0.1)."
@@ -130,70 +137,16 @@ class CachedStep(nn.Module):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
         self.structure = stated
-        # Not registered: the shadow holds the same parameters, under the same names.
-        self.__dict__["original"] = unwrap(model)
-        self._named = tuple(name for chain in stated for name in _named(self.original, chain))
-        if not block_paths(self.original, self._named):
-            raise StructureError(
-                f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
-                f"children: {', '.join(name for name, _ in self.original.named_children()) or 'none'}. Put the blocks "
-                "in an nn.ModuleList, or name them with cachekit.Chain."
-            )
-        self._lock = threading.Lock()
-        self._programs: Programs | None = None
-        self._layouts: dict[tuple[str, ...], Layout] = {}
-        self._found: dict[Any, Found] = {}
-        self._derive()
+        self.opened = Opened(model, policy.front, stated, block_options)
+        # The shadow holds the parameters of the model under their own names.
+        self.shadow = self.opened.shadow
+        self._programs = programs
 
-    # What stands where ---------------------------------------------------------------------------------------
-
-    def _derive(self) -> None:
-        """Build the shadow. Discoveries belong to the modules they were made on, so they go."""
-        paths = block_paths(self.original, self._named)
-        blocks = {path: self.original.get_submodule(path) for path in paths}
-        sites = {path: stand_in(block, BlockSite) for path, block in blocks.items()}
-        for path, site in sites.items():
-            site.__dict__.update(_path=path, _block=blocks[path])
-        self.shadow = shadow(self.original, sites)
-        self._blocks = self._regional(blocks)
-        self._shells = shells(self.original, self.shadow, sites)
-        self._fingerprint = fingerprint(self.original)
-        self._children = [(source, *child) for source, _ in self._shells for child in source.named_children()]
-        self._helpers = _helpers(blocks)
-        self._found.clear()
-
-    def _regional(self, blocks: dict[str, nn.Module]) -> dict[str, Callable[..., Any]]:
-        """The blocks as they are called: compiled one by one where `compile(regional=True)` asked for it."""
-        options = self.__dict__.get("_block_options")
-        if options is None:
-            return dict(blocks)
-        return {path: torch.compile(block, **options) for path, block in blocks.items()}
-
-    def _discover(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
-        if device is None:
-            device = _device(self.original, args, kwargs)
-        signature = _signature(args, kwargs, device)
-        with self._lock:
-            if stale(self._fingerprint, self.original) is not None:
-                self._derive()
-            refresh(self._shells)
-            if signature not in self._found:
-                _refuse(self.original)
-                record = discover(self.original, list(self._blocks), args, kwargs, torch.device(device))
-                self._found[signature] = self._named_apart(lay_out(record, self.policy.front, self.structure))
-            return self._found[signature]
-
-    def _named_apart(self, found: Found) -> Found:
-        """Register a layout under the names of its sites; another one of the same names gets other names."""
-        layout, version = found.layout, 1
-        while True:
-            names = tuple(span.name for span in layout.sites)
-            known = self._layouts.setdefault(names, layout)
-            if known is layout or known == layout:
-                return found._replace(layout=known)
-            version += 1
-            spans = tuple(span._replace(name=f"{span.name}~{version}") for span in found.layout.spans)
-            layout = found.layout._replace(spans=spans)
+    def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        found = self.opened.find(args, kwargs, device)
+        if self.shadow is not self.opened.shadow:
+            self.shadow = self.opened.shadow
+        return found
 
     # Making states -------------------------------------------------------------------------------------------
 
@@ -213,7 +166,7 @@ class CachedStep(nn.Module):
             StructureError: no chain of blocks is found, or the policy has nothing to skip in it.
         """
         times = trajectory(timesteps)
-        found = self._discover(args, kwargs, device)
+        found = self._find(args, kwargs, device)
         plan, decider = self._fresh(times)
         sites, reference = {}, ()
         for span, residuals in zip(found.layout.spans, found.residuals, strict=True):
@@ -274,8 +227,8 @@ class CachedStep(nn.Module):
         """What would happen, before anything runs: chains, sites, bytes of state, the plan."""
         with torch.no_grad():
             state = self.init(timesteps, *args, device=device, **kwargs)
-        found = self._discover(args, kwargs, device)
-        rows = [f"{type(self.original).__name__} under {self.policy.name}"]
+        found = self._find(args, kwargs, device)
+        rows = [f"{type(self.opened.original).__name__} under {self.policy.name}"]
         how = "a forward on fake tensors" if found.faked else "one real forward (it branches on data or is patched)"
         rows.append(f"found by {how}: {len(found.chains)} chains")
         rows.append(f"leading chain: {found.leader} ({found.reason})")
@@ -306,10 +259,7 @@ class CachedStep(nn.Module):
 
     def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
         layout = self.check_state(state)
-        changed = stale(self._fingerprint, self.original)
-        if changed is not None:
-            raise _replaced(changed)
-        refresh(self._shells)
+        self.opened.follow()
         index, steps = int(state.step), len(state.timesteps)
         if index >= steps:
             raise StateError(
@@ -325,7 +275,7 @@ class CachedStep(nn.Module):
         out = run_framed(frame, self.shadow, args, kwargs)
         check_reached(frame)
         return out, self.advance(
-            state, moment, frame["compute"], frame["updated"], frame["residual"], frame["sums"]
+            state, moment, bool(frame["compute"]), frame["updated"], frame["residual"], frame["sums"]
         )
 
     def verdict(self, state: State, moment: Moment) -> bool:
@@ -355,21 +305,15 @@ class CachedStep(nn.Module):
 
     def layout(self, names: tuple[str, ...]) -> Layout:
         """The layout whose sites have these names."""
-        return self._layouts[names]
+        return self.opened.layouts[names]
 
     def _in_graph(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
         layout = self.layout(tuple(state.sites))
         steps = state.timesteps.shape[0]
-        torch._assert_async(
+        torch.ops.aten._assert_async.msg(
             state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
         )
-        for parent, name, child in self._children:
-            # What lies deeper is shared with the model, and guarded by the compiler itself.
-            if getattr(parent, name, None) is not child:
-                raise _replaced(name)
-        for helper in self._helpers:
-            # Two branches that each ask for the signature of one helper fail to trace, unless it was asked before.
-            inspect.signature(helper.__call__)
+        self.opened.prepare_trace()
         nan = torch.full((), math.nan, dtype=torch.float64)
         moment = Moment(
             step=state.step,
@@ -417,7 +361,7 @@ class CachedStep(nn.Module):
         return {
             "mode": mode,
             "layout": layout,
-            "blocks": self._blocks,
+            "blocks": self.opened.blocks,
             "forecaster": policy.forecaster,
             "signal": policy.signal,
             "observe": policy.signal is not None and not policy.front,
@@ -445,13 +389,13 @@ class CachedStep(nn.Module):
         """The layout a state belongs to, or an error that says why it does not belong to this step."""
         if not isinstance(state, State):
             raise ArgumentTypeError(
-                f"`state` must be a cachekit State, got {type(state).__name__}. Make one with step.init(timesteps, ...) "
-                "and call step(state, ...)."
+                f"`state` must be a cachekit State, got {type(state).__name__}. Make one with step.init(timesteps, ...), "
+                "then call step(state, ...)."
             )
-        layout = self._layouts.get(tuple(state.sites))
+        layout = self.opened.layouts.get(tuple(state.sites))
         if layout is None:
             raise StateError(
-                f"`state` has the sites {list(state.sites)}, this step knows {[list(names) for names in self._layouts]}. "
+                f"`state` has the sites {list(state.sites)}, this step knows {list(self.opened.layouts)}. "
                 "Call step.init once with the arguments of the model, also before a state that was saved is used."
             )
         if isinstance(state.plan, Tensor) != self.policy.decider.static:
@@ -491,13 +435,11 @@ class CachedStep(nn.Module):
             (True, False, True)
         """
         options = {"fullgraph": True, **torch_compile_kwargs}
-        made = CachedStep(self.original, self.policy, self.structure)
-        if regional:
-            made.__dict__["_block_options"] = options
-            made._derive()
-        else:
-            made._programs = Programs(options)
-        made._layouts.update(self._layouts)
+        programs, block_options = (None, options) if regional else (Programs(options), None)
+        made = CachedStep(
+            self.opened.original, self.policy, self.structure, programs=programs, block_options=block_options
+        )
+        made.opened.layouts.update(self.opened.layouts)
         return made
 
     def export(self, path, state: State, /, *args, **kwargs) -> None:
@@ -507,13 +449,8 @@ class CachedStep(nn.Module):
         export(self, path, state, args, kwargs)
 
     def extra_repr(self) -> str:
+        """The policy, beside the shadow, when printed."""
         return self.policy.name
-
-
-def _replaced(what: str) -> StructureError:
-    return StructureError(
-        f"{what} was added, removed or replaced since init. Make a new state with step.init: it takes the change up."
-    )
 
 
 def _tensors(sums) -> Sums:
@@ -527,66 +464,3 @@ def _mark(state: State) -> State:
         if log.ndim == 1 and len(log) > 1:
             torch._dynamo.maybe_mark_dynamic(log, 0)
     return state
-
-
-def _signature(args: tuple, kwargs: Mapping[str, Any], device) -> Any:
-    leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
-    parts = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (bool, int, float, str, type(None))):
-            parts.append((type(leaf), leaf))
-        else:
-            parts.append(type(leaf))
-    kind = torch.device(device).type
-    cast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-    return tuple(parts), str(treespec), str(device), cast
-
-
-def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:
-    """Where the model runs: an offloader may keep the weights elsewhere, so an accelerator's input wins."""
-    for leaf in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
-            return leaf.device
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.device("cpu")
-
-
-def _helpers(blocks: Mapping[str, nn.Module]) -> tuple[Any, ...]:
-    """One object of every class that modules of the blocks keep and call without its being a module."""
-    found: dict[type, Any] = {}
-    for block in blocks.values():
-        for module in block.modules():
-            for value in vars(module).values():
-                if not isinstance(value, (type, types.FunctionType, types.MethodType)) and hasattr(type(value), "__call__"):
-                    found.setdefault(type(value), value)
-    return tuple(value for value in found.values() if isinstance(type(value).__call__, types.FunctionType))
-
-
-def _named(model: nn.Module, chain: Chain) -> list[str]:
-    """The blocks of a chain stated by hand: those it lists, or the children of the container it names."""
-    names = [chain.blocks] if isinstance(chain.blocks, str) else list(chain.blocks)
-    for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as error:
-            raise ArgumentError(
-                f"`structure` names the block {name!r}, which {type(model).__name__} does not have. Its children: "
-                f"{', '.join(child for child, _ in model.named_children()) or 'none'}."
-            ) from error
-        if isinstance(chain.blocks, str) and isinstance(module, (nn.ModuleList, nn.Sequential)):
-            return [f"{name}.{child}" for child, _ in module.named_children()]
-    return names
-
-
-def _refuse(model: nn.Module) -> None:
-    """Ask the integration with diffusers, where that library is in use, whether something stands in the way."""
-    import sys
-
-    if "diffusers" in sys.modules:
-        from cachekit.diffusers.compat import refuse
-
-        refuse(model)

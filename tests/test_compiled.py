@@ -148,8 +148,8 @@ def test_regional_compiles_every_class_of_block_once(name):
         step = ck.cache(sp.model, policy_for("first_block_cache", sp, 12))
         compiled = step.compile(regional=True, backend="aot_eager")
         same(step, compiled, sp, 12, compiled.init(12, **sp.inputs(0)))
-    kinds = {type(block) for block in compiled._blocks.values()}
-    classes = {type(getattr(block, "_orig_mod", block)) for block in compiled._blocks.values()}
+    kinds = {type(block) for block in compiled.opened.blocks.values()}
+    classes = {type(getattr(block, "_orig_mod", block)) for block in compiled.opened.blocks.values()}
     assert len(kinds) == 1
     assert counters["stats"]["unique_graphs"] == len(classes)
 

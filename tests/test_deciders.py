@@ -15,7 +15,6 @@ from laws import (
     LENGTH,
     MASKS,
     RANGES,
-    REFERENCES,
     Run,
     assert_same,
     build,
@@ -113,15 +112,26 @@ def test_plan_needs_only_the_number_of_steps(spec, steps):
         assert len(deciders.plan(build(spec), steps)) == steps
 
 
-@given(spec=DRIFTS, wraps=specs(st.just(NEVER)), run=runs(), odd=st.sampled_from([math.nan, math.inf]), data=st.data())
-def test_doubt_computes(spec, wraps, run, odd, data):
+DOUBTS = [
+    *((math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (1.0, math.inf)),
+    *((math.inf, math.inf), (math.nan, math.nan), (0.0, 0.0), (1.0, 0.0)),
+]
+
+
+@given(spec=DRIFTS, wraps=specs(st.just(NEVER)), run=runs(), doubt=st.sampled_from(DOUBTS), data=st.data())
+def test_doubt_computes(spec, wraps, run, doubt, data):
     step = data.draw(st.integers(0, len(run.times) - 1))
-    other = data.draw(REFERENCES)
-    signals = list(run.signals)
-    signals[step] = data.draw(st.sampled_from([(odd, other), (other, odd), (0.0, 0.0), (1.0, 0.0)]))
+    run = run._replace(signals=(*run.signals[:step], doubt, *run.signals[step + 1 :]))
     for wrapped in (spec, ("max_skips", LENGTH, spec), ("any_of", wraps, spec), ("warmup", 0, spec)):
         for graph in (False, True):
-            assert rollout(wrapped, run._replace(signals=tuple(signals)), graph=graph).wanted[step]
+            assert rollout(wrapped, run, graph=graph).wanted[step]
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_doubt_computes_under_a_budget_without_end(doubt, graph):
+    for inclusive in (False, True):
+        assert rollout(("drift", math.inf, inclusive), Run((500.0,), (doubt,)), graph=graph).wanted == [True]
 
 
 @given(spec=ANY, drift=st.booleans(), inclusive=st.booleans(), run=runs())
@@ -202,6 +212,7 @@ def test_deciders_are_pure(spec, run, graph):
 
 
 @given(spec=specs(MASKS, magnitudes("log", "nearest")), run=runs())
+@example(spec=("magnitude", FLUX, 0.24, 5, 0.1, "log", "float64"), run=Run((500.0,) * 28, ()))
 def test_states_share_no_memory(spec, run):
     decider, times = build(spec), torch.tensor(run.times, dtype=torch.float64)
     one, other = decider.init(times), decider.init(times)
@@ -241,9 +252,10 @@ def test_log_interpolation_conserves_the_product(ratios, steps):
     torch.testing.assert_close(product.item(), math.prod(ratios))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 14, 27, 28, 29, 50])
+@pytest.mark.parametrize("steps", [1, 2, 14, 27, 28, 29, 39, 50])
 def test_nearest_interpolation_reads_the_ratios_of_both_references(steps):
     gamma = deciders.magnitude_budget(FLUX).init(torch.zeros(steps)).gamma
+    # float32, which rounds a tie at 39 steps to another ratio than float64 would.
     grid = np.arange(steps, dtype=np.float32) * np.float32(27 / (steps - 1)) if steps > 1 else np.array([27.0])
     assert gamma.tolist() == [FLUX[int(index)] for index in np.rint(grid)]
 

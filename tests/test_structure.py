@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import cachekit as ck
 from cachekit.discovery import discover
 from cachekit.shadow import block_paths
-from cachekit.structure import Found, lay_out
+from cachekit.layout import Found, lay_out
 
 STEPS = 7
 MASK = (1, 0, 1, 0, 0, 1, 0)

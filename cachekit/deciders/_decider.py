@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
-Number: TypeAlias = Tensor | float | int | bool
-"""A Python number, or a 0-d tensor on the CPU; deciders accept both alike."""
+Number: TypeAlias = Any
+"""A Python number, or a 0-d tensor on the CPU; deciders accept both alike, by operators that both have."""
 
 
 class Sums(NamedTuple):

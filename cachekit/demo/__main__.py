@@ -82,7 +82,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.MagRatios, list[Trial], float]:
+def measure(
+    model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace
+) -> tuple[ck.MagRatios, list[Trial], float]:
     """The calibrated ratios, one trial of every setting, and the seconds of a second uncached run after them all."""
     repeats = 2 if args.compile else 1
     with tqdm(unit="step", total=args.steps, mininterval=0.2, dynamic_ncols=True) as progress:

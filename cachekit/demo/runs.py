@@ -83,7 +83,9 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
     plain = [Setting(FEWER, f"{round(share * steps)}", round(share * steps)) for share in shares]
 
     newton, taylor = ck.forecasters.newton(1), ck.forecasters.taylor(1)
-    thresholds = ((0.12, None), (0.12, newton)) if short else ((0.065, None), (0.12, None), (0.16, None), (0.12, newton))
+    thresholds = (
+        ((0.12, None), (0.12, newton)) if short else ((0.065, None), (0.12, None), (0.16, None), (0.12, newton))
+    )
     first = [
         Setting(
             "first_block_cache",

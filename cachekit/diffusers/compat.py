@@ -19,6 +19,6 @@ def refuse(model: nn.Module) -> None:
         for name in getattr(registry, "hooks", {}):
             if "group_offloading" in name:
                 raise StructureError(
-                    f"`model` is group-offloaded ({path or 'the model'} has the hook {name!r}), which loads blocks in a "
-                    "fixed order and counts on every one to run. Use model or sequential offload instead, or none."
+                    f"`model` is group-offloaded ({path or 'the model'} has the hook {name!r}), which loads blocks in "
+                    "a fixed order and counts on every one to run. Use model or sequential offload instead, or none."
                 )

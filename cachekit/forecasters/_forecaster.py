@@ -37,8 +37,8 @@ class Forecaster(NamedTuple):
 
     name: str
     init: Callable[[Tensor], Any]
-    update: Callable[[Any, Tensor, Tensor | None], Any]
-    predict: Callable[[Any, Tensor | None], Tensor]
+    update: Callable[[Any, Tensor, Any], Any]
+    predict: Callable[[Any, Any], Tensor]
     timed: bool
 
 

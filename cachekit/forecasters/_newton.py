@@ -37,9 +37,7 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def init(value: Tensor) -> NewtonState:
         nodes = torch.zeros(order + 1, dtype=torch.float32, device=value.device)
         differences = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
-        return NewtonState(
-            differences=differences, nodes=nodes, filled=nodes.new_zeros(()), like=value.new_empty(0)
-        )
+        return NewtonState(differences=differences, nodes=nodes, filled=nodes.new_zeros(()), like=value.new_empty(0))
 
     def update(state: NewtonState, value: Tensor, step: Tensor) -> NewtonState:
         wide = torch.promote_types(value.dtype, torch.float32)
@@ -50,9 +48,7 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
             spacing = torch.where(known, step - state.nodes[i], 1.0)
             difference = torch.where(known, (difference - before.to(wide)) / spacing, 0.0)
         nodes = torch.cat((step.to(torch.float32).reshape(1), state.nodes[:-1]))
-        return NewtonState(
-            differences=tuple(differences), nodes=nodes, filled=state.filled + 1, like=state.like
-        )
+        return NewtonState(differences=tuple(differences), nodes=nodes, filled=state.filled + 1, like=state.like)
 
     def predict(state: NewtonState, step: Tensor) -> Tensor:
         first = state.differences[0]

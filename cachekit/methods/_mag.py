@@ -101,7 +101,9 @@ class MagRatios:
             record: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             version, ratios = record["version"], tuple(float(ratio) for ratio in record["ratios"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(f"`path` {str(path)!r} holds no magnitude ratios ({error!r}). Save them again.") from error
+            raise ArgumentError(
+                f"`path` {str(path)!r} holds no magnitude ratios ({error!r}). Save them again."
+            ) from error
         if version != FORMAT:
             raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
         return cls(ratios=ratios, model=record.get("model", ""), scheduler=record.get("scheduler", ""))

@@ -1,0 +1,282 @@
+"""Where a policy stands in a model: spans of its chains, and what runs through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from cachekit.errors import StructureError
+from cachekit.record import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, leaves_of, made_by
+from cachekit.structure import Chain, chains_of, lead, stream_maps
+
+
+class Link(NamedTuple):
+    """A tensor among a block's arguments that is a result of an earlier block of the span."""
+
+    key: Key
+    leaf: int  # of the argument, -1 where it is the tensor itself
+    member: int
+    out: int  # leaf of the result of that member
+
+
+class Place(NamedTuple):
+    """Where a tensor stands among the arguments of a span."""
+
+    member: int
+    key: Key
+    leaf: int  # -1 where the argument is the tensor itself
+
+
+class Stream(NamedTuple):
+    """A tensor that runs through a span and is read after it."""
+
+    leaf: int  # among the results of the last block
+    key: Key  # argument of the first block it continues
+    dtype: torch.dtype  # of the result
+    base: torch.dtype  # of the argument
+
+    @property
+    def residual(self) -> torch.dtype:
+        """Of result minus argument."""
+        return torch.promote_types(self.dtype, self.base)
+
+
+class Span(NamedTuple):
+    """Blocks that hand a stream on to one another, to be run, or left out, in one piece when the last is called.
+
+    It holds no shapes: another resolution is the same span.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    links: tuple[tuple[Link, ...], ...]  # for every block, what it takes from earlier ones
+    release: tuple[tuple[int, ...], ...]  # after every block, the earlier ones whose results nobody needs any more
+    passing: tuple[tuple[Key | Const | None, ...], ...]  # a block's result leaf -> its argument of the same stream
+    treespecs: tuple[Any, ...]  # of the blocks' results
+    streams: tuple[Stream, ...]
+    main: int  # which stream carries the denoised tokens
+    mutated: bool  # whether a block writes to its arguments
+    aliases: tuple[tuple[Place, ...], ...]  # tensors that share memory with another one, each with all its places
+    front: bool  # always run, as the probe
+
+
+class Layout(NamedTuple):
+    """Where a policy stands in a model."""
+
+    spans: tuple[Span, ...]
+    roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
+
+    @property
+    def sites(self) -> tuple[Span, ...]:
+        """The spans that can be left out."""
+        return tuple(span for span in self.spans if not span.front)
+
+
+class Found(NamedTuple):
+    """A layout, and what else discovery has to tell."""
+
+    layout: Layout
+    residuals: tuple[tuple[TensorSpec, ...], ...]  # of every span, one a stream
+    chains: tuple[str, ...]  # all of them, in the order they run
+    leader: str
+    reason: str  # why this chain leads
+    left: tuple[str, ...]  # chains that always run, with the reason
+    faked: bool
+
+
+def _links(call: Call, members: Sequence[Call]) -> tuple[Link, ...]:
+    """What a block takes from earlier blocks of its span."""
+    made = {
+        out.token: (m, i)
+        for m, member in enumerate(members)
+        for i, out in enumerate(member.outs)
+        if isinstance(out, Leaf) and out.token in made_by(member)
+    }
+    return tuple(Link(key, leaf, *made[arg.token]) for key, leaf, arg in leaves_of(call) if arg.token in made)
+
+
+def span_of(
+    record: Record, maps, positions: Sequence[int], *, front: bool, prefer: int | None = None
+) -> tuple[Span, tuple] | None:
+    """A run of calls as a span with its residuals, or None where no stream runs through it."""
+    members = [record.calls[k] for k in positions]
+    links = tuple(_links(call, members[:n]) for n, call in enumerate(members))
+    inside = set(positions)
+    outside = record.read | {
+        arg.token for k, call in enumerate(record.calls) if k not in inside for _, _, arg in leaves_of(call)
+    }
+    found = []
+    for i, out in enumerate(members[-1].outs):
+        if isinstance(out, Leaf) and out.token in outside:
+            key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
+            if key is None:
+                return None
+            base = members[0].args[key].spec
+            stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.dtype)
+            found.append((stream, TensorSpec(out.spec.shape, stream.residual, out.spec.device)))
+    if not found:
+        return None
+    order = list(members[0].args)
+    found.sort(key=lambda pair: order.index(pair[0].key))
+    span = Span(
+        name=_span_name(members),
+        paths=tuple(call.path for call in members),
+        links=links,
+        release=_release(links),
+        passing=tuple(_passing(record.calls[k], maps[k]) for k in positions),
+        treespecs=tuple(call.treespec for call in members),
+        streams=tuple(stream for stream, _ in found),
+        main=_main([stream for stream, _ in found], members[0], prefer),
+        mutated=any(call.mutated for call in members),
+        aliases=_aliases(members, links),
+        front=front,
+    )
+    return span, tuple(residual for _, residual in found)
+
+
+def _passing(call: Call, streams: Mapping[int, Key]) -> tuple[Key | Const | None, ...]:
+    """What a block that was left out returns: its arguments; nobody looks at their values."""
+    passing: list[Key | Const | None] = []
+    for i, out in enumerate(call.outs):
+        if isinstance(out, Leaf):
+            passing.append(streams.get(i, _handed_through(call, i)))
+        else:
+            passing.append(out)
+    return tuple(passing)
+
+
+def _release(links: Sequence[Sequence[Link]]) -> tuple[tuple[int, ...], ...]:
+    last_use = {link.member: n for n, taken in enumerate(links) for link in taken}
+    return tuple(
+        tuple(member for member in range(n) if last_use.get(member, member + 1) == n) for n in range(len(links))
+    )
+
+
+def _aliases(members: Sequence[Call], links: Sequence[Sequence[Link]]) -> tuple[tuple[Place, ...], ...]:
+    places: dict[int, list[Place]] = {}
+    sharing: dict[int, set[int]] = {}
+    for n, call in enumerate(members):
+        taken = {(link.key, link.leaf) for link in links[n]}
+        for key, leaf, arg in leaves_of(call):
+            if (key, leaf) not in taken:
+                places.setdefault(arg.token, []).append(Place(n, key, leaf))
+                sharing.setdefault(arg.storage, set()).add(arg.token)
+    shared = set().union(*(tokens for tokens in sharing.values() if len(tokens) > 1))
+    return tuple(tuple(found) for token, found in places.items() if token in shared)
+
+
+def _span_name(members: Sequence[Call]) -> str:
+    first, last = members[0], members[-1]
+    name = first.path if len(members) == 1 else f"{first.path}..{last.path}"
+    return name if not first.nth else f"{name}#{first.nth}"
+
+
+def _origin(member: int, leaf: int, members, maps, links) -> Key | None:
+    """Follow a result back through the span to the argument of the first block it continues."""
+    while True:
+        key = maps[member].get(leaf, _handed_through(members[member], leaf))
+        if key is None or member == 0:
+            return key
+        source = next((link for link in links[member] if link.key == key and link.leaf < 0), None)
+        if source is None:
+            return None
+        member, leaf = source.member, source.out
+
+
+def _handed_through(call: Call, leaf: int) -> Key | None:
+    token = call.outs[leaf].token
+    return next((key for key, arg in call.args.items() if isinstance(arg, Leaf) and arg.token == token), None)
+
+
+def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
+    """The stream of the denoised tokens: as stated, or the first argument that was computed from them."""
+    for i, stream in enumerate(streams):
+        if stream.leaf == prefer:
+            return i
+    for i, stream in enumerate(streams):
+        if DENOISED in head.args[stream.key].labels:
+            return i
+    return 0
+
+
+def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
+    """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
+
+    Raises:
+        StructureError: there is no chain, or nothing to skip in it.
+    """
+    if not record.calls:
+        raise StructureError(
+            "No block of the model ran: it has no nn.ModuleList of blocks, or the forward did not call them. "
+            "State the blocks with cachekit.Chain."
+        )
+    maps = stream_maps(record, stated)
+    if stated:
+        chains, leader, reason = _by_hand(record, stated), 0, "it is stated first"
+    else:
+        chains = chains_of(record, maps)
+        leader, reason = lead(record, maps, chains)
+    spans: list[tuple[Span, tuple, Sequence[int]]] = []
+    left = []
+    names = [_span_name([record.calls[k] for k in chain]) for chain in chains]
+    for i, chain in enumerate(chains):
+        if i < leader:
+            left.append(f"{names[i]}: runs before the leading chain")
+            continue
+        probe = chain[:front] if i == leader else ()
+        if len(probe) < front and i == leader:
+            raise StructureError(
+                f"`front` is {front}, but the leading chain {names[i]} has {len(chain)} blocks. Use a smaller front."
+            )
+        for piece in (probe, chain[len(probe) :]):
+            if not piece:
+                continue
+            prefer = next(iter(stated[i].streams)) if stated else None
+            found = span_of(record, maps, piece, front=piece is probe, prefer=prefer)
+            if found is not None:
+                spans.append((*found, piece))
+            elif i == leader:
+                raise StructureError(_no_stream(record.calls[piece[0]]))
+            else:
+                left.append(f"{names[i]}: no argument is known that its result continues")
+    if all(span.front for span, _, _ in spans):
+        raise StructureError(
+            f"Nothing to skip: {names[leader]} is the only chain, and after its {front} front block(s) no block is "
+            "left. Use a policy without front blocks, e.g. mag_cache or step_mask."
+        )
+    home = {k: (s, m) for s, (_, _, piece) in enumerate(spans) for m, k in enumerate(piece)}
+    roles: dict[str, list[tuple[int, int]]] = {path: [] for span, _, _ in spans for path in span.paths}
+    for k, call in enumerate(record.calls):
+        if call.path in roles:
+            roles[call.path].append(home.get(k, (-1, -1)))
+    layout = Layout(
+        spans=tuple(span for span, _, _ in spans), roles={path: tuple(role) for path, role in roles.items()}
+    )
+    return Found(
+        layout=layout,
+        residuals=tuple(residuals for _, residuals, _ in spans),
+        chains=tuple(names),
+        leader=names[leader],
+        reason=reason,
+        left=tuple(left),
+        faked=record.faked,
+    )
+
+
+def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
+    chains = []
+    for chain in stated:
+        paths = set(chain.paths(call.path for call in record.calls))
+        chains.append(tuple(k for k, call in enumerate(record.calls) if call.path in paths))
+    return chains
+
+
+def _no_stream(call: Call) -> str:
+    arguments = ", ".join(f"{key!r} {arg.spec}" for key, _, arg in leaves_of(call))
+    results = ", ".join(str(out.spec) for out in call.outs if isinstance(out, Leaf))
+    return (
+        f"Which argument does the result of {call.path} ({call.kind}) continue? Results: {results or 'no tensor'}; "
+        f"arguments: {arguments or 'no tensor'}. State it with cachekit.Chain(blocks=..., streams={{0: argument}})."
+    )

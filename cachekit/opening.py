@@ -1,0 +1,183 @@
+"""A model opened for caching: its shadow, and what discovery found in it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachekit.discovery import discover
+from cachekit.errors import ArgumentError, StructureError
+from cachekit.layout import Found, Layout, lay_out
+from cachekit.shadow import block_paths, fingerprint, refresh, shadow, shells, stale, stand_in, unwrap
+from cachekit.sites import BlockSite
+from cachekit.structure import Chain
+
+
+class Opened:
+    """A model with sites where its blocks stand. The model itself is not changed.
+
+    Attributes:
+        original: the model.
+        shadow: the copy of its shells that is called in its place.
+        blocks: the blocks as a site calls them, compiled one by one if so asked.
+        layouts: every layout found so far, by the names of its sites; a state names its own.
+    """
+
+    def __init__(
+        self, model: nn.Module, front: int, stated: Sequence[Chain], block_options: dict[str, Any] | None = None
+    ) -> None:
+        self.original = unwrap(model)
+        self.layouts: dict[tuple[str, ...], Layout] = {}
+        self._front = front
+        self._stated = stated
+        self._options = block_options
+        self._named = tuple(name for chain in stated for name in _named(self.original, chain))
+        self._found: dict[Any, Found] = {}
+        self._lock = threading.Lock()
+        if not block_paths(self.original, self._named):
+            raise StructureError(
+                f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
+                f"children: {', '.join(name for name, _ in self.original.named_children()) or 'none'}. Put the blocks "
+                "in an nn.ModuleList, or name them with cachekit.Chain."
+            )
+        self._derive()
+
+    def _derive(self) -> None:
+        """Build the shadow. What was found belongs to the modules it was found on, so it goes."""
+        paths = block_paths(self.original, self._named)
+        blocks = {path: self.original.get_submodule(path) for path in paths}
+        sites = {path: stand_in(block, BlockSite) for path, block in blocks.items()}
+        for path, site in sites.items():
+            site.__dict__.update(_path=path, _block=blocks[path])
+        self.shadow = shadow(self.original, sites)
+        self.blocks: dict[str, Callable[..., Any]] = dict(blocks)
+        if self._options is not None:
+            self.blocks = {path: torch.compile(block, **self._options) for path, block in blocks.items()}
+        self._shells = shells(self.original, self.shadow, sites)
+        self._fingerprint = fingerprint(self.original)
+        self._children = [(source, *child) for source, _ in self._shells for child in source.named_children()]
+        self._helpers = _helpers(blocks)
+        self._found.clear()
+
+    def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        """What the forward looks like on these arguments: recorded once for each signature."""
+        device = torch.device(device) if device is not None else _device(self.original, args, kwargs)
+        signature = _signature(args, kwargs, device)
+        with self._lock:
+            if stale(self._fingerprint, self.original) is not None:
+                self._derive()
+            refresh(self._shells)
+            if signature not in self._found:
+                _refuse(self.original)
+                record = discover(self.original, list(self.blocks), args, kwargs, device)
+                self._found[signature] = self._register(lay_out(record, self._front, self._stated))
+            return self._found[signature]
+
+    def _register(self, found: Found) -> Found:
+        """Keep a layout under the names of its sites; another one of the same names gets other names."""
+        layout, version = found.layout, 1
+        while True:
+            known = self.layouts.setdefault(tuple(span.name for span in layout.sites), layout)
+            if known is layout or known == layout:
+                return found._replace(layout=known)
+            version += 1
+            spans = tuple(span._replace(name=f"{span.name}~{version}") for span in found.layout.spans)
+            layout = found.layout._replace(spans=spans)
+
+    def follow(self) -> None:
+        """Before a step on the host: take over flags of the model, refuse a module that was replaced.
+
+        Raises:
+            StructureError: a module was added, removed or replaced since `init`.
+        """
+        changed = stale(self._fingerprint, self.original)
+        if changed is not None:
+            raise _replaced(changed)
+        refresh(self._shells)
+
+    def prepare_trace(self) -> None:
+        """The same inside a graph, where it becomes guards."""
+        for parent, name, child in self._children:
+            # What lies deeper is shared with the model, and guarded by the compiler itself.
+            if getattr(parent, name, None) is not child:
+                raise _replaced(name)
+        for helper in self._helpers:
+            # Two branches that each ask for the signature of one helper fail to trace, unless it was asked before.
+            inspect.signature(helper.__call__)
+
+
+def _replaced(what: str) -> StructureError:
+    return StructureError(
+        f"{what} was added, removed or replaced since init. Make a new state with step.init: it takes the change up."
+    )
+
+
+def _signature(args: tuple, kwargs: Mapping[str, Any], device) -> Any:
+    leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    parts = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
+        elif isinstance(leaf, (bool, int, float, str, type(None))):
+            parts.append((type(leaf), leaf))
+        else:
+            parts.append(type(leaf))
+    kind = torch.device(device).type
+    cast = (
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    )
+    return tuple(parts), str(treespec), str(device), cast
+
+
+def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:
+    """Where the model runs: an offloader may keep the weights elsewhere, so an accelerator's input wins."""
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+            return leaf.device
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _helpers(blocks: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+    """One object of every class that modules of the blocks keep and call without its being a module."""
+    found: dict[type, Any] = {}
+    for block in blocks.values():
+        for module in block.modules():
+            for value in vars(module).values():
+                if not isinstance(value, (type, types.FunctionType, types.MethodType)) and callable(type(value)):
+                    found.setdefault(type(value), value)
+    return tuple(value for value in found.values() if isinstance(type(value).__call__, types.FunctionType))
+
+
+def _named(model: nn.Module, chain: Chain) -> list[str]:
+    """The blocks of a chain stated by hand: those it lists, or the children of the container it names."""
+    names = [chain.blocks] if isinstance(chain.blocks, str) else list(chain.blocks)
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise ArgumentError(
+                f"`structure` names the block {name!r}, which {type(model).__name__} does not have. Its children: "
+                f"{', '.join(child for child, _ in model.named_children()) or 'none'}."
+            ) from error
+        if isinstance(chain.blocks, str) and isinstance(module, (nn.ModuleList, nn.Sequential)):
+            return [f"{name}.{child}" for child, _ in module.named_children()]
+    return names
+
+
+def _refuse(model: nn.Module) -> None:
+    """Ask the integration with diffusers, where that library is in use, whether something stands in the way."""
+    if "diffusers" in sys.modules:
+        from cachekit.diffusers.compat import refuse
+
+        refuse(model)

@@ -1,0 +1,101 @@
+"""The record of one forward, as plain data.
+
+A tensor of the recorded forward is a *token*, an int that two values share exactly when they were the same object; see
+`discovery` for how a record is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+Key: TypeAlias = int | str
+"""An argument of a block: its position, or its name where it was passed by keyword."""
+
+DENOISED = -1
+"""The label of whatever was computed from the first argument of the model's forward; the others count down."""
+
+
+class TensorSpec(NamedTuple):
+    """Shape, dtype and device of a tensor that need not exist."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+
+
+class Leaf(NamedTuple):
+    """A tensor among the arguments or results of a block."""
+
+    token: int
+    storage: int  # equal for tensors that share memory
+    spec: TensorSpec
+    labels: frozenset[int]  # what it was computed from: calls (>= 0) and arguments of the model (< 0)
+
+
+class Tree(NamedTuple):
+    """A container among the arguments: the same object as another argument where the tokens are equal."""
+
+    token: int
+    treespec: Any
+    leaves: tuple[Any, ...]  # Leaf or Const
+
+
+class Const(NamedTuple):
+    """Anything else."""
+
+    value: Any
+
+
+class Call(NamedTuple):
+    """One call of one block in the recorded forward."""
+
+    path: str  # qualified name of the block
+    nth: int  # how many calls of this block came before
+    kind: str  # class of the block
+    args: dict[Key, Any]  # Leaf, Tree or Const
+    treespec: Any  # of the result
+    outs: tuple[Any, ...]  # Leaf or Const, flat
+    lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
+    mutated: frozenset[Key]  # arguments it wrote to
+    flops: int
+
+
+class Record(NamedTuple):
+    """One forward: the calls in order, and which block outputs anything but a block has read."""
+
+    calls: tuple[Call, ...]
+    read: frozenset[int]  # tokens
+    faked: bool  # False where the forward had to be run for real
+
+
+def list_name(path: str) -> str:
+    """`blocks` of `blocks.3`."""
+    return path.rpartition(".")[0] or path
+
+
+def lists_of(paths: Iterable[str]) -> str:
+    """The lists that blocks stand in, for messages."""
+    return ", ".join(dict.fromkeys(list_name(path) for path in paths)) or "none"
+
+
+def leaves_of(call: Call) -> list[tuple[Key, int, Leaf]]:
+    """Every tensor among the arguments, with its place."""
+    found = []
+    for key, arg in call.args.items():
+        if isinstance(arg, Leaf):
+            found.append((key, -1, arg))
+        elif isinstance(arg, Tree):
+            found += [(key, i, leaf) for i, leaf in enumerate(arg.leaves) if isinstance(leaf, Leaf)]
+    return found
+
+
+def made_by(call: Call) -> set[int]:
+    """The results that are not arguments handed through."""
+    given = {arg.token for _, _, arg in leaves_of(call)}
+    return {out.token for out in call.outs if isinstance(out, Leaf)} - given
