@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.layout import Found, Layout, lay_out
-from cachekit.shadow import block_paths, fingerprint, refresh, shadow, shells, stale, stand_in, unwrap
+from cachekit.shadow import Follower, block_paths, fingerprint, shadow, shells, stale, stand_in, unwrap
 from cachekit.sites import BlockSite
 from cachekit.structure import Chain
 
@@ -61,9 +61,10 @@ class Opened:
         self.blocks: dict[str, Callable[..., Any]] = dict(blocks)
         if self._options is not None:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in blocks.items()}
-        self._shells = shells(self.original, self.shadow, sites)
+        pairs = shells(self.original, self.shadow, sites)
+        self._refresh = Follower(pairs)
         self._fingerprint = fingerprint(self.original)
-        self._children = [(source, *child) for source, _ in self._shells for child in source.named_children()]
+        self._children = [(source, *child) for source, _ in pairs for child in source.named_children()]
         self._helpers = _helpers(blocks)
         self._found.clear()
 
@@ -74,7 +75,7 @@ class Opened:
         with self._lock:
             if stale(self._fingerprint, self.original) is not None:
                 self._derive()
-            refresh(self._shells)
+            self._refresh()
             if signature not in self._found:
                 _refuse(self.original)
                 record = discover(self.original, list(self.blocks), args, kwargs, device)
@@ -101,7 +102,7 @@ class Opened:
         changed = stale(self._fingerprint, self.original)
         if changed is not None:
             raise _replaced(changed)
-        refresh(self._shells)
+        self._refresh()
 
     def prepare_trace(self) -> None:
         """The same inside a graph, where it becomes guards."""

@@ -7,6 +7,7 @@ module are the same objects, so a checkpoint loaded, a device moved to or an ada
 from __future__ import annotations
 
 import functools
+import operator
 import types
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -70,12 +71,22 @@ def shells(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -
     return [(model.get_submodule(prefix), shell.get_submodule(prefix)) for prefix in ("", *sorted(prefixes))]
 
 
-def refresh(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-    """Let the copies follow plain attributes of the originals: training mode, checkpointing flags and the like."""
-    for source, target in pairs:
-        for name, value in source.__dict__.items():
-            if name not in ("_modules", "_compiled_call_impl", *PATCHED) and target.__dict__.get(name) is not value:
-                target.__dict__[name] = value
+class Follower:
+    """Lets the copies follow attributes of the originals: training mode, checkpointing flags, a patched forward."""
+
+    def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        # The values themselves: an id alone may be that of another object by now.
+        self._pairs = [(source, target, [*source.__dict__.values()]) for source, target in pairs]
+
+    def __call__(self) -> None:
+        """Take over what has changed."""
+        for n, (source, target, before) in enumerate(self._pairs):
+            now = [*source.__dict__.values()]
+            if len(now) != len(before) or not all(map(operator.is_, now, before)):
+                kept = ("_modules", "_compiled_call_impl", *PATCHED)
+                target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in kept})
+                _patch(source, target)
+                self._pairs[n] = (source, target, now)
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -84,10 +95,16 @@ def _shell(module: nn.Module) -> nn.Module:
     copy.__dict__["_modules"] = dict(module._modules)
     # A compiled call would run the original.
     copy.__dict__["_compiled_call_impl"] = None
-    for name in PATCHED:
-        if name in module.__dict__:
-            copy.__dict__[name] = rebind(module.__dict__[name], {id(module): copy})
+    _patch(module, copy)
     return copy
+
+
+def _patch(source: nn.Module, target: nn.Module) -> None:
+    """Let the copy run a patched forward of the original, on itself."""
+    for name in PATCHED:
+        target.__dict__.pop(name, None)
+        if name in source.__dict__:
+            target.__dict__[name] = rebind(source.__dict__[name], {id(source): target})
 
 
 def stand_in(block: nn.Module, site_class: type) -> nn.Module:
@@ -108,68 +125,64 @@ def _site_type(block_class: type, site_class: type) -> type:
 
 
 def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
-    """`value` with every module that is bound, curried or closed over replaced by its stand-in.
+    """`value` with every module that is bound, curried, closed over or a default replaced by its stand-in.
 
-    A patched forward holds the module it was taken from: as a bound method, in a functools.partial, or in a
-    closure.
+    A patched forward holds the module it was taken from: as a bound method, in a functools.partial, in a closure or
+    in a default, or several of these around one another.
     """
     if id(value) in replace:
         return replace[id(value)]
     if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, rebind(value.__self__, replace))
+        return types.MethodType(rebind(value.__func__, replace), rebind(value.__self__, replace))
     if isinstance(value, functools.partial):
         args = tuple(rebind(arg, replace) for arg in value.args)
         keywords = {name: rebind(arg, replace) for name, arg in value.keywords.items()}
         made = functools.partial(rebind(value.func, replace), *args, **keywords)
         made.__dict__.update({name: rebind(item, replace) for name, item in value.__dict__.items()})
         return made
-    if isinstance(value, types.FunctionType) and value.__closure__:
-        return _rebind_closure(value, replace)
+    if isinstance(value, types.FunctionType):
+        # A function that reaches itself is followed once.
+        return _rebind_function(value, {**replace, id(value): value})
     return value
 
 
-def _rebind_closure(function: types.FunctionType, replace: Mapping[int, Any]) -> types.FunctionType:
-    cells, changed = [], False
-    for cell in function.__closure__ or ():
+def _rebind_function(function: types.FunctionType, replace: Mapping[int, Any]) -> types.FunctionType:
+    def cell(held: types.CellType) -> types.CellType:
         try:
-            content = cell.cell_contents
+            content = held.cell_contents
         except ValueError:  # an empty cell
-            cells.append(cell)
-            continue
-        held = (
-            rebind(content, replace)
-            if not isinstance(content, types.FunctionType) or content is not function
-            else content
-        )
-        changed = changed or held is not content
-        cells.append(cell if held is content else types.CellType(held))
-    if not changed:
+            return held
+        made = rebind(content, replace)
+        return held if made is content else types.CellType(made)
+
+    cells = [cell(held) for held in function.__closure__ or ()]
+    defaults = [rebind(value, replace) for value in function.__defaults__ or ()]
+    by_keyword = {name: rebind(value, replace) for name, value in (function.__kwdefaults__ or {}).items()}
+    before = (*(function.__closure__ or ()), *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if all(one is other for one, other in zip(before, (*cells, *defaults, *by_keyword.values()), strict=True)):
         return function
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
+    code, names, name = function.__code__, function.__globals__, function.__name__
+    made = types.FunctionType(code, names, name, tuple(defaults) or None, tuple(cells) or None)
+    made.__kwdefaults__ = by_keyword or None
     made.__dict__.update(function.__dict__)
     return made
 
 
-Fingerprint = list[tuple[Any, tuple[nn.Module | None, ...]]]
+Fingerprint = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Which module stands where, for `stale` to compare."""
-    return [(module._modules, tuple(module._modules.values())) for module in model.modules() if module._modules]
+    return [(module, tuple(module._modules.values())) for module in model.modules() if module._modules]
 
 
 def stale(record: Fingerprint, model: nn.Module) -> str | None:
     """The first module that was added, removed or replaced since the record, or None."""
-    for children, before in record:
-        now = tuple(children.values())
+    for parent, before in record:
+        now = tuple(parent._modules.values())
         if now != before:
-            for path, module in model.named_modules():
-                if module._modules is children:
-                    names = list(children)
-                    changed = [name for i, name in enumerate(names) if i >= len(before) or now[i] is not before[i]]
-                    return ".".join(part for part in (path, changed[0] if changed else "") if part)
-            return "a module"
+            path = next((path for path, module in model.named_modules() if module is parent), "")
+            names = list(parent._modules)
+            changed = [name for i, name in enumerate(names) if i >= len(before) or now[i] is not before[i]]
+            return ".".join(part for part in (path, *changed[:1]) if part) or "a module"
     return None

@@ -104,7 +104,7 @@ def _at(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
             f"{path} is called before {span.paths[len(calls)]}, unlike at init. Make a new state with step.init."
         )
     handed = frame["handed"].setdefault(index, [])
-    _check_links(span, member, args, kwargs, handed)
+    _check_call(span, member, args, kwargs, handed)
     calls.append((args, kwargs))
     found = {}
     if member == len(span.paths) - 1:
@@ -128,11 +128,20 @@ def _argument(key: Key, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return args[key] if isinstance(key, int) else kwargs[key]
 
 
-def _check_links(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], handed: list[list[Any]]) -> None:
-    """Refuse a stream that is not what an earlier block handed on: something else has happened to it since."""
+def _has(key: Key, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    return key < len(args) if isinstance(key, int) else key in kwargs
+
+
+def _check_call(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], handed: list[list[Any]]) -> None:
+    """Refuse other arguments than at init, and a stream that something else has happened to since an earlier block."""
+    for key in span.passing[member]:
+        if isinstance(key, (int, str)) and not _has(key, args, kwargs):
+            raise StructureError(
+                f"{span.paths[member]} was called without the argument {key!r}, by position or name, that it had at "
+                "init. Gradient checkpointing passes arguments otherwise: run under torch.no_grad(), or switch it off."
+            )
     for link in span.links[member]:
-        there = link.key < len(args) if isinstance(link.key, int) else link.key in kwargs
-        given = _argument(link.key, args, kwargs) if there else None
+        given = _argument(link.key, args, kwargs) if _has(link.key, args, kwargs) else None
         if link.leaf >= 0:
             given = pytree.tree_leaves(given)[link.leaf]
         if given is not handed[link.member][link.out]:

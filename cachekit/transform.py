@@ -389,8 +389,8 @@ class CachedStep(nn.Module):
         """The layout a state belongs to, or an error that says why it does not belong to this step."""
         if not isinstance(state, State):
             raise ArgumentTypeError(
-                f"`state` must be a cachekit State, got {type(state).__name__}. Make one with step.init(timesteps, ...), "
-                "then call step(state, ...)."
+                f"`state` must be a cachekit State, got {type(state).__name__}. Make one with "
+                "step.init(timesteps, ...), then call step(state, ...)."
             )
         layout = self.opened.layouts.get(tuple(state.sites))
         if layout is None:

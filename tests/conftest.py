@@ -16,11 +16,6 @@ settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.e
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known wherever these tests run."""
-    config.addinivalue_line("markers", "compiles: uses torch.compile, so it starts with an empty compile cache")
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("compiles"):

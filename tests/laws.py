@@ -180,12 +180,12 @@ def in_graph(decider: Decider) -> Callable[[Any, Tensor, Tensor], tuple[Any, Any
 def rollout(spec: Spec, run: Run, *, graph: bool = False, compiled: Callable | None = None) -> Trace:
     """Take every step of a run. With `graph` on tensors, with `compiled` through that step function."""
     decider, rows = build(spec), table(run)
-    host = not graph and compiled is None
-    step = compiled or (on_host if host else in_graph)(decider)
+    step: Callable[..., tuple[Any, Any, Any]] = compiled or (in_graph if graph else on_host)(decider)
     state = decider.init(torch.tensor(run.times, dtype=torch.float64))
     trace = Trace([], [], [state])
     for index in range(len(run.times)):
-        wanted, computed, state = step(state, run, index) if host else step(state, rows, torch.tensor(index))
+        now = (rows, torch.tensor(index)) if graph or compiled else (run, index)
+        wanted, computed, state = step(state, *now)
         trace.wanted.append(bool(wanted))
         trace.computed.append(bool(computed))
         trace.states.append(state)

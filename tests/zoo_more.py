@@ -60,9 +60,7 @@ def _longcat_image(cls: Any, draw: Draw) -> Built:
 
 @recipe("OvisImage", "OvisImageTransformer2DModel")
 def _ovis_image(cls: Any, draw: Draw) -> Built:
-    return cls(**HEADS, **PACKED, **BOTH, out_channels=8), Feed(
-        packed(draw), {**text(draw), **IDS}, clock=1.0
-    )
+    return cls(**HEADS, **PACKED, **BOTH, out_channels=8), Feed(packed(draw), {**text(draw), **IDS}, clock=1.0)
 
 
 @recipe("Flux3", "Flux3Transformer2DModel")
@@ -434,9 +432,7 @@ def _sana_video(cls: Any, draw: Draw) -> Built:
 @recipe("Cosmos", "CosmosTransformer3DModel")
 def _cosmos(cls: Any, draw: Draw) -> Built:
     sizes = {"text_embed_dim": 24, "adaln_lora_dim": 8, "max_size": (4, 8, 8), "concat_padding_mask": False}
-    return cls(**HEADS, **LATENT, **sizes, num_layers=3), Feed(
-        video(draw), {**text(draw), "fps": 24}, clock=1.0
-    )
+    return cls(**HEADS, **LATENT, **sizes, num_layers=3), Feed(video(draw), {**text(draw), "fps": 24}, clock=1.0)
 
 
 @recipe("LTX2", "LTX2VideoTransformer3DModel")
@@ -496,9 +492,7 @@ def _ace_step(cls: Any, draw: Draw) -> Built:
 
 @recipe("LongCatAudioDiT", "LongCatAudioDiTTransformer")
 def _longcat_audio(cls: Any, draw: Draw) -> Built:
-    model = cls(
-        dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=24, latent_dim=4, use_latent_condition=False
-    )
+    model = cls(dit_dim=32, dit_depth=3, dit_heads=2, dit_text_dim=24, latent_dim=4, use_latent_condition=False)
     fixed = {"encoder_attention_mask": mask(torch.int64), "attention_mask": torch.ones(BATCH, 16).bool()}
     return model, Feed({"hidden_states": draw(BATCH, 16, 4)}, {**text(draw), **fixed}, clock=1.0)
 

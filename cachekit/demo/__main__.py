@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -37,15 +38,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios.save(args.out / "mag_ratios.json")
     rows = score(trials, labels)
     sentences = headline(rows)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    sampled = (
+        f"{len(labels)} digits, {args.steps} Euler steps of flow matching, guidance {GUIDANCE:g}, seed {args.seed}"
+    )
+    spread = f"{trials[0].seconds:.2f} s at the start and {again:.2f} s at the end"
+    system = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     facts = {
-        "Model": f"a video transformer of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, trained on "
-        "scikit-learn's handwritten digits",
-        "Sampling": f"{len(labels)} digits, {args.steps} Euler steps of flow matching, guidance {GUIDANCE:g}, "
-        f"seed {args.seed}, float32, {'compiled' if args.compile else 'eager'}",
-        "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, one process; the uncached run took "
-        f"{trials[0].seconds:.2f} s at the start and {again:.2f} s at the end, a measure of the machine's own noise",
+        "Model": f"a transformer of {size:.2f} M parameters, trained on scikit-learn's handwritten digits",
+        "Sampling": f"{sampled}, float32, {'compiled' if args.compile else 'eager'}",
+        "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, all runs in one process",
+        "Noise of the timing": f"the uncached run took {spread}",
         "mag_cache": "its ratios were calibrated in this run, on other noise: mag_ratios.json",
-        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}",
+        "Machine": system,
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
 
@@ -140,7 +145,15 @@ def write(
             **{name: version(name) for name in PACKAGES},
         },
         "verdict": list(sentences),
-        "rows": [{"label": row.label, **row._asdict(), **gain(row, rows)._asdict()} for row in rows],
+        "rows": [
+            {
+                "label": row.label,
+                **row._asdict(),
+                "psnr": row.psnr if math.isfinite(row.psnr) else None,  # JSON knows no infinity
+                **gain(row, rows)._asdict(),
+            }
+            for row in rows
+        ],
     }
     (out / "results.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -104,7 +105,7 @@ def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> N
             points = [
                 (cost(row), row.psnr, row.detail.split(" + ")[0])
                 for row in rows
-                if row.group == group and row.forecast == forecast and row.psnr is not None
+                if row.group == group and row.forecast == forecast and math.isfinite(row.psnr)
             ]
             if not points:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -34,7 +35,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         " / ".join(map(str, counts)),
         f"{row.seconds:.2f}",
         f"{row.speedup:.2f}x",
-        "identical" if row.psnr is None else f"{row.psnr:.1f}",
+        f"{row.psnr:.1f}" if math.isfinite(row.psnr) else "identical",
         f"{row.ssim:.4f}",
         f"{row.recognised:.1%}".replace(".0%", "%"),
         *("" if value is None else f"{value:+.1f}" for value in gained),

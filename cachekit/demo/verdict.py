@@ -30,8 +30,8 @@ def gain(row: Row, rows: Sequence[Row]) -> Gain:
 
 
 def _gain(row: Row, rows: Sequence[Row], cost: Callable[[Row], float]) -> float | None:
-    curve = sorted((cost(entry), entry.psnr) for entry in rows if entry.group == FEWER and entry.psnr is not None)
-    if not row.cached or row.psnr is None or not curve:
+    curve = sorted((cost(entry), entry.psnr) for entry in rows if entry.group == FEWER and math.isfinite(entry.psnr))
+    if not (row.cached and math.isfinite(row.psnr) and curve):
         return None
     here = cost(row)
     for (low, worse), (high, better) in pairwise(curve):

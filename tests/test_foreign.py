@@ -1,0 +1,436 @@
+"""What other libraries do to a model (hooks, patches, casts, adapters, compiled blocks) works under a cached step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+
+import dit
+import pytest
+import torch
+import zoo
+from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers.hooks import apply_group_offloading
+from dit import feed
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import cachekit as ck
+
+MASK = ck.step_mask([1, 0, 1, 0, 0, 1])
+STEPS = 4
+NAMES = ("Flux", "Wan")
+specimen = functools.cache(zoo.specimen)
+
+
+def fresh(name: str = "Flux") -> nn.Module:
+    """A copy of a specimen's model."""
+    return copy.deepcopy(specimen(name).model)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    return model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
+
+
+def take(step: ck.CachedStep, state: ck.State, index: int, name: str = "Flux") -> tuple[Tensor, ck.State]:
+    """One step."""
+    (out,), state = step(state, **specimen(name).inputs(index), return_dict=False)
+    return out, state
+
+
+@torch.no_grad()
+def run(model: nn.Module, name: str = "Flux") -> list[Tensor]:
+    """Some steps under a cache."""
+    step = ck.cache(model, MASK)
+    state, outputs = step.init(6, **specimen(name).inputs(0)), []
+    for index in range(STEPS):
+        out, state = take(step, state, index, name)
+        outputs.append(out)
+    return outputs
+
+
+@torch.no_grad()
+def plain(model: nn.Module, index: int, name: str = "Flux") -> Tensor:
+    """The model's own answer."""
+    return model(**specimen(name).inputs(index), return_dict=False)[0]
+
+
+expected = functools.cache(lambda name: run(specimen(name).model, name))
+
+
+def check(model: nn.Module, name: str = "Flux") -> None:
+    """Under a cache the model does what it does untouched, and computed steps are its own."""
+    for index, (out, wanted) in enumerate(zip(run(model, name), expected(name), strict=True)):
+        assert torch.equal(out, wanted)
+        assert torch.equal(out, plain(model, index, name)) == (index in (0, 2))
+
+
+# accelerate ---------------------------------------------------------------------------------------------------------
+
+
+class Counting(ModelHook):
+    """A hook that changes nothing."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_nothing_at_all():
+    for name in NAMES:
+        check(fresh(name), name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hook_on_the_root(name):
+    model, hook = fresh(name), Counting()
+    add_hook_to_module(model, hook)
+    run(model, name)
+    assert hook.calls == STEPS  # init found the structure on a copy
+    check(model, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hook_on_every_module(name):
+    model, hooks = fresh(name), {}
+    for module in list(model.modules()):
+        add_hook_to_module(module, hooks.setdefault(module, Counting()))
+    run(model, name)
+    assert hooks[model].calls == STEPS
+    assert {hooks[block].calls for block in blocks(model)} == {2}  # the steps that compute
+    check(model, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offload_of_every_weight(name):
+    model = cpu_offload(fresh(name), execution_device="cpu")
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    step = ck.cache(model, MASK)
+    state = step.init(6, **specimen(name).inputs(0))
+    assert {leaf.device.type for leaf in torch.utils._pytree.tree_leaves(state)} == {"cpu"}
+    check(model, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offload_of_the_model(name):
+    model, hook = cpu_offload_with_hook(fresh(name), execution_device="cpu")
+    check(model, name)
+    hook.offload()
+    check(model, name)
+
+
+# forwards that were set on the instance -----------------------------------------------------------------------------
+
+
+def by_closure(module: nn.Module) -> None:
+    old = module.forward
+    module.forward = lambda *args, **kwargs: old(*args, **kwargs)
+
+
+def by_method(module: nn.Module) -> None:
+    old = module.forward
+
+    @functools.wraps(old)
+    def forward(self, *args, **kwargs):
+        return old(*args, **kwargs)
+
+    module.forward = types.MethodType(forward, module)
+
+
+def by_default(module: nn.Module) -> None:
+    module.forward = lambda *args, _old=module.forward, **kwargs: _old(*args, **kwargs)
+
+
+def by_keyword_default(module: nn.Module) -> None:
+    def forward(*args, _old=module.forward, **kwargs):
+        return _old(*args, **kwargs)
+
+    module.forward = forward
+
+
+def by_recursion(module: nn.Module) -> None:
+    old = module.forward
+
+    def forward(*args, **kwargs):
+        assert forward
+        return old(*args, **kwargs)
+
+    module.forward = forward
+
+
+def by_all_of_them(module: nn.Module) -> None:
+    for patch in (by_method, by_partial, by_default, by_closure, by_curried_class, by_method):
+        patch(module)
+
+
+def by_bound_method(module: nn.Module) -> None:
+    module.forward = module.forward
+
+
+def by_partial(module: nn.Module) -> None:
+    module.forward = functools.partial(module.forward)
+
+
+def by_curried_class(module: nn.Module) -> None:
+    module.forward = functools.partial(type(module).forward, module)
+
+
+PATCHES = (
+    *(by_bound_method, by_partial, by_curried_class, by_closure, by_method, by_default, by_keyword_default),
+    *(by_recursion, by_all_of_them),
+)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patched_forward_on_the_root(patch):
+    model = fresh()
+    patch(model)
+    check(model)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patched_forward_on_a_block(patch):
+    model = fresh()
+    patch(blocks(model)[0])
+    patch(model.single_transformer_blocks[2])
+    check(model)
+
+
+def test_a_forward_that_cannot_be_followed_is_refused():
+    class Holder:
+        def __init__(self, model: nn.Module) -> None:
+            self.old = model.forward
+
+        def __call__(self, *args, **kwargs):
+            return self.old(*args, **kwargs)
+
+    model = fresh()
+    model.forward = Holder(model)
+    with pytest.raises(ck.StructureError, match="No block of the model ran"):
+        ck.cache(model, MASK).init(6, **specimen("Flux").inputs(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [by_closure, by_method, lambda module: add_hook_to_module(module, Counting())])
+def test_a_root_patched_after_cache_is_followed(patch):
+    model, calls = fresh(), []
+    step = ck.cache(model, MASK)
+    state = step.init(6, **specimen("Flux").inputs(0))
+    out, state = take(step, state, 0)
+    assert torch.equal(out, expected("Flux")[0])
+    patch(model)
+    patched = model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or patched(*args, **kwargs)
+    for index in (1, 2):
+        out, state = take(step, state, index)
+        assert torch.equal(out, expected("Flux")[index])
+    assert len(calls) == 2
+    model.forward = patched
+    if hasattr(model, "_hf_hook"):
+        remove_hook_from_module(model)
+    else:
+        del model.forward
+    out, state = take(step, state, 3)
+    assert torch.equal(out, expected("Flux")[3])
+    assert len(calls) == 2
+
+
+# compiled pieces ----------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_is_unwrapped():
+    model = fresh()
+    compiled = torch.compile(model, backend="eager")
+    assert type(ck.cache(compiled, MASK).shadow) is type(model)
+    assert ck.cache(compiled, MASK).shadow.proj_out is model.proj_out
+    for index, out in enumerate(run(compiled)):
+        assert torch.equal(out, expected("Flux")[index])
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("repeated", [False, True])
+def test_blocks_compiled_in_place(repeated):
+    model, counter = fresh(), CompileCounter()
+    if repeated:
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    else:
+        for block in blocks(model):
+            block.compile(backend=counter)
+    plain(model, 0)
+    graphs = counter.frame_count
+    assert graphs > 0
+    for out, wanted in zip(run(model), expected("Flux"), strict=True):
+        torch.testing.assert_close(out, wanted)
+    assert counter.frame_count == graphs, "a block under a cache is not called as it is without"
+
+
+# diffusers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layerwise_casting(name):
+    model = fresh(name)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in model.parameters()}
+    outputs = run(model, name)
+    for index in (0, 2):
+        assert torch.equal(outputs[index], plain(model, index, name))
+        assert not torch.equal(outputs[index], expected(name)[index])
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.mark.parametrize("late", [False, True])
+def test_group_offload_is_refused_with_the_reason(kind, late):
+    model, device = fresh(), torch.device("cpu")
+    step = ck.cache(model, MASK) if late else None
+    if kind == "leaf_level":
+        model.enable_group_offload(onload_device=device, offload_type=kind)
+    else:
+        apply_group_offloading(model, onload_device=device, offload_type=kind, num_blocks_per_group=1)
+    step = step or ck.cache(model, MASK)
+    with pytest.raises(ck.StructureError, match=r"`model` is group-offloaded .*fixed order.*Use model or sequential"):
+        step.init(6, **specimen("Flux").inputs(0))
+
+
+# modules that change after cache ------------------------------------------------------------------------------------
+
+
+def lora(model: nn.Module) -> str:
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    return "attn.to_q"
+
+
+def other_block(model: nn.Module) -> str:
+    blocks(model)[1] = copy.deepcopy(blocks(model)[0])
+    return "transformer_blocks.1"
+
+
+def other_head(model: nn.Module) -> str:
+    torch.manual_seed(0)
+    model.proj_out = nn.Linear(model.proj_out.in_features, model.proj_out.out_features)
+    return "proj_out"
+
+
+def one_block_more(model: nn.Module) -> str:
+    blocks(model).append(copy.deepcopy(blocks(model)[0]))
+    return "transformer_blocks.3"
+
+
+def one_block_less(model: nn.Module) -> str:
+    del blocks(model)[1]
+    return "transformer_blocks.1"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [lora, other_block, other_head, one_block_more, one_block_less])
+def test_a_replaced_module_raises_until_the_next_init(change: Callable[[nn.Module], str]):
+    model = fresh()
+    step = ck.cache(model, MASK)
+    state = step.init(6, **specimen("Flux").inputs(0))
+    _, state = take(step, state, 0)
+    changed = change(model)
+    with pytest.raises(ck.StructureError, match=rf"{changed}.* replaced since init\. Make a new state with step\.init"):
+        take(step, state, 1)
+    state = step.init(6, **specimen("Flux").inputs(0))
+    for index in range(3):
+        out, state = take(step, state, index)
+        assert torch.equal(out, plain(model, index)) == (index != 1)
+    assert not torch.equal(out, expected("Flux")[2])
+    assert step.shadow.state_dict().keys() == model.state_dict().keys()
+
+
+@torch.no_grad()
+def test_an_adapter_is_switched_without_a_new_state():
+    model = fresh()
+    lora(model)
+    step = ck.cache(model, MASK)
+    state = step.init(6, **specimen("Flux").inputs(0))
+    with_adapter, _ = take(step, state, 0)
+    model.disable_adapters()
+    without, _ = take(step, state, 0)
+    assert torch.equal(without, expected("Flux")[0])
+    assert not torch.equal(without, with_adapter)
+
+
+class Dropping(nn.Module):
+    """Drops features while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop, self.flag = dit.dit(), nn.Dropout(0.5), False
+
+    def forward(self, *args: Tensor) -> Tensor:
+        """Denoise."""
+        out = self.drop(self.inner(*args))
+        return -out if self.flag and self.training else out
+
+
+@torch.no_grad()
+def test_training_mode_and_flags_are_followed():
+    model = Dropping()
+    model.eval()
+    step = ck.cache(model, MASK)
+    state = step.init(6, *feed(0))
+    assert torch.equal(step(state, *feed(0))[0], model(*feed(0)))
+    model.train()
+    for model.flag in (False, True):
+        torch.manual_seed(0)
+        out, _ = step(state, *feed(0))
+        torch.manual_seed(0)
+        assert torch.equal(out, model(*feed(0)))
+        assert bool((out == 0).any())
+    assert step.shadow.training
+    assert step.shadow.inner.training
+    model.eval()
+    assert torch.equal(step(state, *feed(0))[0], model(*feed(0)))
+
+
+def test_gradient_checkpointing_is_followed():
+    model = fresh()
+    step = ck.cache(model, MASK)
+    state = step.init(6, **specimen("Flux").inputs(0))
+    for switch, wanted in ((model.enable_gradient_checkpointing, True), (model.disable_gradient_checkpointing, False)):
+        switch()
+        with torch.no_grad():
+            out, _ = take(step, state, 0)
+        assert step.shadow.gradient_checkpointing == wanted
+        assert torch.equal(out, expected("Flux")[0])
+    out, _ = take(step, state, 0)
+    assert out.requires_grad
+    model.enable_gradient_checkpointing()
+    with pytest.raises(ck.StructureError, match=r"encoder_hidden_states'.*checkpointing.*torch\.no_grad\(\)"):
+        take(step, state, 0)  # a block that is run again for its gradient is not where it was
+
+
+@pytest.mark.parametrize("name", ["Flux", "Wan", "HunyuanVideo", "Latte"])
+def test_a_step_holds_the_weights_of_the_model_under_its_names(name):
+    model = specimen(name).model
+    step = ck.cache(model, MASK)
+    assert list(step.shadow.state_dict()) == list(model.state_dict())
+    assert {f"shadow.{key}" for key in model.state_dict()} == set(step.state_dict())
+    mine, theirs = dict(step.shadow.named_parameters()), dict(model.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[key] is theirs[key] for key in theirs)
+
+
+@torch.no_grad()
+def test_weights_that_are_loaded_or_cast_reach_the_step():
+    model, other = fresh(), zoo.specimen("Flux", seed=5).model
+    step = ck.cache(model, MASK)
+    for assign in (False, True):
+        model.load_state_dict(other.state_dict(), assign=assign)
+        state = step.init(6, **specimen("Flux").inputs(0))
+        out, _ = take(step, state, 0)
+        assert torch.equal(out, plain(other, 0))
+        model.load_state_dict(specimen("Flux").model.state_dict(), assign=assign)
+        out, _ = take(step, state, 0)
+        assert torch.equal(out, expected("Flux")[0])
