@@ -45,7 +45,7 @@ def export(step: CachedStep, path: str | Path, state: State, args: tuple, kwargs
             run = torch._inductor.aoti_load_package("step.pt2")
             leaves = torch.load("step.pt2.state.pt")
             for t in timesteps:
-                out, leaves = run(leaves, hidden_states=x, timestep=t)
+                out, leaves = run(leaves, x, t)
     """
     path = Path(path)
     if path.suffix != ".pt2":

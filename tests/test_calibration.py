@@ -212,6 +212,13 @@ BAD = {
     "another version": b'{"version": 2, "ratios": [1.0, 1.0], "model": "", "scheduler": "", "steps": 2}',
     "one ratio": b'{"version": 1, "ratios": 1.0, "model": "", "scheduler": "", "steps": 1}',
     "words": b'{"version": 1, "ratios": ["one"], "model": "", "scheduler": "", "steps": 1}',
+    "digits": b'{"version": 1, "ratios": "121"}',
+    "a table": b'{"version": 1, "ratios": {"1": 0, "2": 0}}',
+    "nothing": b'{"version": 1, "ratios": []}',
+    "not a number": b'{"version": 1, "ratios": [1.0, NaN]}',
+    "negative": b'{"version": 1, "ratios": [1.0, -3]}',
+    "another length": b'{"version": 1, "ratios": [1.0, 1.0], "steps": 5}',
+    "a true version": b'{"version": true, "ratios": [1.0, 1.0]}',
     "holes": b'{"version": 1, "ratios": [1.0, null], "model": "", "scheduler": "", "steps": 2}',
 }
 

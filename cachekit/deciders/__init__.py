@@ -3,7 +3,7 @@
 from cachekit.deciders._combine import always, any_of, max_skips, warmup, within
 from cachekit.deciders._decider import Decider, Moment, Sums, plan
 from cachekit.deciders._drift import drift
-from cachekit.deciders._magnitude import magnitude_budget
+from cachekit.deciders._magnitude import check_ratios, magnitude_budget
 from cachekit.deciders._mask import mask
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Sums",
     "always",
     "any_of",
+    "check_ratios",
     "drift",
     "magnitude_budget",
     "mask",

@@ -53,7 +53,7 @@ def magnitude_budget(
 
     Source: MagCache, arXiv 2506.09045, section 3.2.
     """
-    gammas = _checked(ratios)
+    gammas = check_ratios(ratios)
     check_number("threshold", threshold)
     check_number("retention", retention)
     if not threshold >= 0:
@@ -132,7 +132,8 @@ def stretch(gammas: Tensor, steps: int, interpolation: str = "nearest") -> Tenso
     return gammas[index.round().long()]
 
 
-def _checked(ratios: Sequence[float] | Tensor) -> Tensor:
+def check_ratios(ratios: Sequence[float] | Tensor) -> Tensor:
+    """Ratios as a [L] float64 tensor of its own, or an error that names what is wrong with them."""
     try:
         gammas = doubles(ratios)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -149,7 +149,9 @@ def write(
             {
                 "label": row.label,
                 **row._asdict(),
-                "psnr": row.psnr if math.isfinite(row.psnr) else None,  # JSON knows no infinity
+                # JSON knows no infinity.
+                "psnr": row.psnr if math.isfinite(row.psnr) else None,
+                "worst": row.worst if math.isfinite(row.worst) else None,
                 **gain(row, rows)._asdict(),
             }
             for row in rows

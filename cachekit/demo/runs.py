@@ -57,7 +57,8 @@ class Row(NamedTuple):
     computed_steps: float  # mean of the streams
     seconds: float
     speedup: float  # against the uncached run
-    psnr: float  # dB against the uncached samples, infinite where they are identical
+    psnr: float  # dB against the uncached samples, mean of the images; infinite where they are identical
+    worst: float  # PSNR of the image that is furthest off
     ssim: float
     recognised: float  # share of the digits
 
@@ -204,6 +205,7 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
     reference = trials[0]
     rows = []
     for trial in trials:
+        distances = psnr(trial.samples, reference.samples)
         rows.append(
             Row(
                 group=trial.setting.group,
@@ -215,7 +217,8 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
                 computed_steps=sum(sum(stream) for stream in trial.computed.values()) / len(trial.computed),
                 seconds=trial.seconds,
                 speedup=reference.seconds / trial.seconds,
-                psnr=psnr(trial.samples, reference.samples),
+                psnr=distances.mean().item(),
+                worst=distances.min().item(),
                 ssim=ssim(trial.samples, reference.samples),
                 recognised=recognised(trial.samples, labels),
             )

@@ -1,9 +1,9 @@
 """FirstBlockCache: the change of the first block's residual stands for the change of all of them.
 
-Source: ParaAttention, "First Block Cache" (https://github.com/chengzeyi/ParaAttention), and diffusers'
-`FirstBlockCacheConfig`.
+Source: ParaAttention, "First Block Cache" (https://github.com/chengzeyi/ParaAttention), and the hooks of diffusers.
 
-Departures: a change that is NaN or infinite computes, under both semantics; the hooks of diffusers reuse on NaN.
+Departures, under both semantics: a change that is NaN or infinite computes, where the hooks of diffusers reuse on NaN;
+a threshold of 0 never reuses, where they reuse on an unchanged input.
 """
 
 from __future__ import annotations

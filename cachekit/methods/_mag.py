@@ -1,6 +1,6 @@
 """MagCache: a calibrated curve of residual magnitudes says how far reuse can go.
 
-Source: MagCache, arXiv 2506.09045 (https://github.com/Zehong-Ma/MagCache), and diffusers' `MagCacheConfig`.
+Source: MagCache, arXiv 2506.09045 (https://github.com/Zehong-Ma/MagCache), and the hooks of diffusers.
 
 Departures: every chain of blocks holds its own residual, so a model whose blocks are interleaved with other
 computation is answered correctly, where one residual over the whole span counts that computation twice. The FLUX
@@ -99,14 +99,21 @@ class MagRatios:
         """
         try:
             record: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-            version, ratios = record["version"], tuple(float(ratio) for ratio in record["ratios"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            version, ratios = record["version"], record["ratios"]
+            if not isinstance(ratios, list) or any(isinstance(ratio, (bool, str)) for ratio in ratios):
+                raise TypeError("`ratios` is no list of numbers")
+            checked = deciders.check_ratios(ratios)
+            steps = record.get("steps", len(ratios))
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(
                 f"`path` {str(path)!r} holds no magnitude ratios ({error!r}). Save them again."
             ) from error
-        if version != FORMAT:
+        if version is True or version != FORMAT:
             raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
-        return cls(ratios=ratios, model=record.get("model", ""), scheduler=record.get("scheduler", ""))
+        if steps != len(ratios):
+            raise ArgumentError(f"`path` {str(path)!r} has {len(ratios)} ratios for {steps} steps. Save them again.")
+        model, scheduler = str(record.get("model", "")), str(record.get("scheduler", ""))
+        return cls(ratios=tuple(checked.tolist()), model=model, scheduler=scheduler)
 
 
 def mag_cache(
