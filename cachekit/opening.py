@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.layout import Found, Layout, lay_out
-from cachekit.shadow import Follower, block_paths, fingerprint, shadow, shells, stale, stand_in, unwrap
+from cachekit.shadow import Fingerprint, Follower, block_paths, shadow, shells, stand_in, unwrap
 from cachekit.sites import BlockSite
 from cachekit.structure import Chain
 
@@ -63,7 +63,7 @@ class Opened:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in blocks.items()}
         pairs = shells(self.original, self.shadow, sites)
         self._refresh = Follower(pairs)
-        self._fingerprint = fingerprint(self.original)
+        self._fingerprint = Fingerprint(self.original)
         self._children = [(source, *child) for source, _ in pairs for child in source.named_children()]
         self._helpers = _helpers(blocks)
         self._found.clear()
@@ -73,7 +73,7 @@ class Opened:
         device = torch.device(device) if device is not None else _device(self.original, args, kwargs)
         signature = _signature(args, kwargs, device)
         with self._lock:
-            if stale(self._fingerprint, self.original) is not None:
+            if self._fingerprint.changed() is not None:
                 self._derive()
             self._refresh()
             if signature not in self._found:
@@ -99,7 +99,7 @@ class Opened:
         Raises:
             StructureError: a module was added, removed or replaced since `init`.
         """
-        changed = stale(self._fingerprint, self.original)
+        changed = self._fingerprint.changed()
         if changed is not None:
             raise _replaced(changed)
         self._refresh()

@@ -6,6 +6,7 @@ is free of host reads and can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 class Programs:
     """The programs of one step."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self._options = options
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = _lean(arguments)
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def _program(self, action: str) -> Callable[..., Any]:
         if action not in self._compiled:
-            self._compiled[action] = torch.compile(_fresh(ACTIONS[action]), **self._options)
+            self._compiled[action] = torch.compile(_fresh(ACTIONS[action]), **self._arguments)
         return self._compiled[action]
 
     def run(
@@ -65,7 +66,7 @@ def _probe(step, names, reference, args, kwargs):
     frame = step.frame(PROBE, layout, {}, reference, None)
     run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
-    return frame["sums"], frame["residual"], frame["carried"]
+    return torch.stack(frame["sums"]), frame["residual"], frame["carried"]
 
 
 def _compute(step, names, sites, carried, now, args, kwargs):
@@ -73,7 +74,7 @@ def _compute(step, names, sites, carried, now, args, kwargs):
     frame = step.frame(COMPUTE, layout, sites, None, now, carried)
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
-    return out, frame["updated"], frame["sums"]
+    return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] else None
 
 
 def _reuse(step, names, sites, carried, now, args, kwargs):
@@ -93,9 +94,38 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, function.__name__)  # type: ignore[attr-defined]
 
 
-def numbers(sums: Any) -> Sums:
-    """The one host read of a step."""
-    return Sums(*torch.stack(tuple(sums)).tolist())
+def numbers(sums: torch.Tensor) -> Sums:
+    """The one host read of a step: both sums, [2], as Python numbers."""
+    return Sums(*sums.tolist())
+
+
+# Of the standard library, torch, and what this package itself keeps and never changes.
+SETTLED = re.compile(
+    r"G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
+    r"|cachekit|_frames|^step\.(?!opened\.blocks\[|shadow|_modules)"
+)
+
+
+def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for torch.compile without checks that cannot fail here: on small models they are what a step costs.
+
+    Guards on the library's own constants are dropped. So is Inductor's check of the strides of every input: the
+    guards have made sure of them.
+    """
+    arguments = dict(arguments)
+    options = dict(arguments.pop("options", None) or {})
+    mode = arguments.pop("mode", None)
+    if mode is not None:
+        options = {**torch._inductor.list_mode_options(mode, arguments.get("dynamic")), **options}
+    if arguments.get("backend", "inductor") == "inductor":
+        options = {"size_asserts": False, "alignment_asserts": False, **options}
+    wanted = options.get("guard_filter_fn", lambda entries: [True] * len(entries))
+
+    def needed(entries: Any) -> list[bool]:
+        pairs = zip(entries, wanted(entries), strict=True)
+        return [keep and SETTLED.search(entry.name) is None for entry, keep in pairs]
+
+    return {**arguments, "options": {**options, "guard_filter_fn": needed}}
 
 
 def _typed(error: BaseException | None) -> CacheError | None:

@@ -11,6 +11,7 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -168,21 +169,23 @@ def _rebind_function(function: types.FunctionType, replace: Mapping[int, Any]) -
     return made
 
 
-Fingerprint = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]
+class Fingerprint:
+    """Which module stands where, to notice one that is added, removed or replaced."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._children = [module._modules for module in model.modules() if module._modules]
+        self._before = self._now()
 
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """Which module stands where, for `stale` to compare."""
-    return [(module, tuple(module._modules.values())) for module in model.modules() if module._modules]
+    def _now(self) -> list[nn.Module | None]:
+        return [*chain.from_iterable(map(dict.values, self._children))]
 
-
-def stale(record: Fingerprint, model: nn.Module) -> str | None:
-    """The first module that was added, removed or replaced since the record, or None."""
-    for parent, before in record:
-        now = tuple(parent._modules.values())
-        if now != before:
-            path = next((path for path, module in model.named_modules() if module is parent), "")
-            names = list(parent._modules)
-            changed = [name for i, name in enumerate(names) if i >= len(before) or now[i] is not before[i]]
-            return ".".join(part for part in (path, *changed[:1]) if part) or "a module"
-    return None
+    def changed(self) -> str | None:
+        """The first module that was added, removed or replaced, or None."""
+        if self._now() == self._before:
+            return None
+        before = set(map(id, self._before))
+        for path, module in self._model.named_modules():
+            if path and id(module) not in before:
+                return path
+        return "a module"

@@ -271,12 +271,11 @@ class CachedStep(nn.Module):
             return self._programs.run(self, layout, state, moment, args, kwargs)
         frame = self.frame(EAGER, layout, state.sites, state.reference, self.clock(state))
         frame["compute"] = self.verdict(state, moment) if not self.policy.probed else None
-        frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(sums)))
+        frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(torch.stack(sums))))
         out = run_framed(frame, self.shadow, args, kwargs)
         check_reached(frame)
-        return out, self.advance(
-            state, moment, bool(frame["compute"]), frame["updated"], frame["residual"], frame["sums"]
-        )
+        sums = torch.stack(frame["sums"]) if frame["sums"] is not None else None
+        return out, self.advance(state, moment, bool(frame["compute"]), frame["updated"], frame["residual"], sums)
 
     def verdict(self, state: State, moment: Moment) -> bool:
         """Whether this step computes. Step 0 does: nothing is cached yet."""

@@ -139,8 +139,8 @@ def test_a_saved_state_resumes_bit_exactly(name):
 
 RESUME = """
 import sys, torch, dit, cachekit as ck
-torch.set_num_threads(1)
 folder = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))
 step = ck.cache(dit.dit(), ck.first_block_cache(0.1))
 with torch.no_grad():
     step.init(8, *dit.feed(0))
@@ -154,17 +154,15 @@ torch.save((outputs, state), folder + "/end.pt")
 
 @torch.no_grad()
 def test_a_saved_state_resumes_in_another_process(tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     step = ck.cache(dit.dit(), POLICIES["first_block"])
     _, state = go(step, step.init(STEPS, *feed(0)), range(4))
     torch.save(state, tmp_path / "state.pt")
     paths = [str(Path(__file__).parent), str(Path(ck.__file__).parents[1])]
     command = f"import sys; sys.path[:0] = {paths!r}\n{RESUME}"
-    subprocess.run([sys.executable, "-c", command, str(tmp_path)], check=True)
+    threads = str(torch.get_num_threads())
+    subprocess.run([sys.executable, "-c", command, str(tmp_path), threads], check=True)
     outputs, end = torch.load(tmp_path / "end.pt", weights_only=False)
     expected, last = go(step, state, range(4, STEPS))
-    torch.set_num_threads(threads)
     assert alike(expected, outputs)
     assert same(last, end)
 

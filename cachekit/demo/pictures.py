@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -95,7 +96,7 @@ def speed(rows: Sequence[Row]) -> bytes:
     left.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
     right.set_xlabel("measured speed-up against the uncached run", fontsize=9, color=INK)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return _png(figure)
 
 
@@ -103,7 +104,7 @@ def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> N
     for group, colour in COLOURS.items():
         for forecast in (False, True):
             points = [
-                (cost(row), row.psnr, row.detail.split(" + ")[0])
+                (cost(row), row.psnr, re.split(r" [(+]", row.detail)[0])
                 for row in rows
                 if row.group == group and row.forecast == forecast and math.isfinite(row.psnr)
             ]
@@ -123,13 +124,13 @@ def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> N
                 zorder=2 if group == FEWER else 3,
             )
             for x, y, name in zip(xs, ys, names, strict=True):
-                below = group == FEWER
+                plain = group == FEWER
                 axes.annotate(
                     name,
                     (x, y),
-                    xytext=(0, -13 if below else 7),
+                    xytext=(-5, -11) if plain else (6, 4),
                     textcoords="offset points",
-                    ha="center",
+                    ha="right" if plain else "left",
                     fontsize=7,
                     color=colour,
                 )

@@ -11,7 +11,7 @@ from string import Template
 
 from cachekit.demo.pictures import COLOURS, DIFFERENCE
 from cachekit.demo.runs import Row
-from cachekit.demo.verdict import gain
+from cachekit.demo.verdict import gain, shown
 
 TEMPLATE = Path(__file__).with_name("report.html")
 COLUMNS = (
@@ -39,7 +39,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         *(f"{distance:.1f}" if math.isfinite(distance) else "same" for distance in (row.psnr, row.worst)),
         f"{row.ssim:.4f}",
         f"{row.recognised:.1%}".replace(".0%", "%"),
-        *("" if value is None else f"{value:+.1f}" for value in gained),
+        *("" if value is None else f"{shown(value):+.1f}" for value in gained),
     ]
 
 
@@ -94,9 +94,8 @@ def _table(rows: Sequence[Row]) -> str:
         group = row.group
         values = []
         for name, cell in zip(COLUMNS, cells(row, rows), strict=True):
-            sign = ""
-            if name.startswith("equal") and cell:
-                sign = ' class="worse"' if cell.startswith("-") else ' class="better"'
+            kinds = {"-": ' class="worse"', "+": ' class="better"'} if cell != "+0.0" else {}
+            sign = kinds.get(cell[:1], "") if name.startswith("equal") else ""
             values.append(f"<td{sign}>{escape(cell)}</td>")
         lines.append(f"<tr{start}><th>{_tag(row)}</th>{''.join(values)}</tr>")
     return "\n".join(lines)

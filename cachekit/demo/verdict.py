@@ -75,9 +75,14 @@ def _best(most: float, row: Row) -> str:
 
 def _count(cost: str, gains: Sequence[tuple[float, Row]], total: int) -> str:
     """One sentence, in which `gains` are those of the `total` cached settings that can be compared."""
-    lost = sorted(((gained, row) for gained, row in gains if gained < 0), key=lambda entry: entry[0])
     out = "" if len(gains) == total else f" ({total - len(gains)} of {total} cost too much or too little to compare)"
-    sentence = f"{cost}{out}, {len(gains) - len(lost)} of {len(gains)} cached settings beat running fewer steps"
-    if not lost:
-        return f"{sentence}; none loses to it."
-    return f"{sentence}; these lose to it: {', '.join(f'{row.label} ({gained:+.1f} dB)' for gained, row in lost)}."
+    rest = sorted((entry for entry in gains if shown(entry[0]) <= 0), key=lambda entry: entry[0])
+    sentence = f"{cost}{out}, {len(gains) - len(rest)} of {len(gains)} cached settings beat running fewer steps"
+    if not rest:
+        return f"{sentence}."
+    return f"{sentence}; not so {', '.join(f'{row.label} ({shown(gained):+.1f} dB)' for gained, row in rest)}."
+
+
+def shown(gained: float) -> float:
+    """As the table shows it, to a tenth of a dB: what rounds to nothing is nothing, without a sign of its own."""
+    return round(gained, 1) + 0.0
