@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sentences = headline(rows)
     if abs(again / trials[0].seconds - 1) > NOISY:
         sentences.append(
-            f"The machine was busy: the uncached run took {trials[0].seconds:.1f} s at the start and {again:.1f} s at the "
-            "end, so the seconds, and what follows from them, are not to be trusted."
+            f"The machine was busy: the uncached run took {trials[0].seconds:.1f} s at the start and {again:.1f} s at "
+            "the end, so the seconds, and what follows from them, are not to be trusted."
         )
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sampled = (
