@@ -175,6 +175,7 @@ class Fingerprint:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._children = [module._modules for module in model.modules() if module._modules]
+        self._paths = {module: path for path, module in model.named_modules()}
         self._before = self._now()
 
     def _now(self) -> list[nn.Module | None]:
@@ -184,8 +185,7 @@ class Fingerprint:
         """The first module that was added, removed or replaced, or None."""
         if self._now() == self._before:
             return None
-        before = set(map(id, self._before))
-        for path, module in self._model.named_modules():
-            if path and id(module) not in before:
-                return path
-        return "a module"
+        now = {module: path for path, module in self._model.named_modules()}
+        changed = [path for module, path in now.items() if module not in self._paths]
+        changed += [path for module, path in self._paths.items() if module not in now]
+        return changed[0] if changed else "a module"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-torch.set_num_threads(int(os.environ.get("CACHEKIT_TEST_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("CACHEKIT_TEST_THREADS", "1")))
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # To see a test fail is enough for a mutant; nobody reads the smallest counterexample.

@@ -19,15 +19,17 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Block(nn.Module):
     """Image and text tokens through one joint layer. `returns` is image, text, or image alone, in this order."""
 
-    def __init__(self, returns: str = "image text", inplace: bool = False) -> None:
+    def __init__(self, returns: str = "image text", *, inplace: bool = False, narrow: bool = False) -> None:
         super().__init__()
-        self.returns, self.inplace = returns.split(), inplace
+        self.returns, self.inplace, self.narrow = returns.split(), inplace, narrow
         self.modulate = nn.Linear(WIDTH, 2 * WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x: Tensor, text: Tensor, emb: Tensor, skip: Tensor | None = None):
         """The tokens, each with something added."""
         x = x if skip is None else x + skip
+        if self.narrow:
+            x, text = x.float(), text.float()
         scale, gate = self.modulate(emb).unsqueeze(1).chunk(2, -1)
         joint = torch.cat((x, text), 1) * (1 + scale)
         added = (gate * self.mlp(joint + joint.mean(1, keepdim=True))).split((x.shape[1], text.shape[1]), 1)
@@ -36,6 +38,8 @@ class Block(nn.Module):
             text += added[1]
         else:
             x, text = x + added[0], text + added[1]
+        if self.narrow:
+            x, text = x.bfloat16(), text.bfloat16()
         results = tuple({"image": x, "text": text}[name] for name in self.returns)
         return results if len(results) > 1 else results[0]
 
@@ -60,7 +64,8 @@ class DiT(nn.Module):
         self.flow = flow
         self.patch, self.context = nn.Linear(CHANNELS, WIDTH), nn.Linear(CHANNELS, WIDTH)
         self.time = nn.Sequential(nn.Linear(1, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
-        make = {"swapped": Block("text image", False), "cross": Block("image"), "inplace": Block(inplace=True)}
+        make = {"swapped": Block("text image"), "cross": Block("image"), "inplace": Block(inplace=True)}
+        make["narrow"] = Block(narrow=True)
         block = make.get(flow, Replace() if flow == "ambiguous" else Block())
         self.blocks = nn.ModuleList(copy.deepcopy(block) for _ in range(1 if flow == "one" else depth))
         if flow in ("interleaved", "zipped"):
@@ -210,6 +215,7 @@ FLOWS = {
     "skips": skips,
     "refined": refined,
     "inplace": plain,
+    "narrow": plain,
     "branching": branching,
     "ambiguous": ambiguous,
 }
@@ -239,6 +245,7 @@ class Reference:
         self.model.chain = self._chain
         self.front, self.leader = front, leader
         self.added: dict[int, tuple[Tensor, Tensor]] = {}
+        self.dtypes: dict[int, torch.dtype] = {}
 
     def __call__(self, computed: bool, *args: Tensor) -> Tensor:
         """A step that computes, or not."""
@@ -252,5 +259,7 @@ class Reference:
         if self.computed:
             after = DiT.chain(self.model, calls[front:], x.clone(), text.clone())
             self.added[number] = after[0] - x, after[1] - text
+            self.dtypes[number] = after[0].dtype
             return after
-        return x + self.added[number][0], text + self.added[number][1]
+        values = x + self.added[number][0], text + self.added[number][1]
+        return values[0].to(self.dtypes[number]), values[1].to(self.dtypes[number])

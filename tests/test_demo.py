@@ -157,7 +157,7 @@ def test_headline_names_the_best_and_every_loser():
     rows = [*PLAIN, row("step_mask", 20, 44.0), row("mag_cache", 20, 38.5), row("first_block_cache", 20, 41.0, 40.0)]
     best, steps, seconds = headline(rows)
     assert "step_mask 20" in best and "44.0 dB" in best and "40.0 dB" in best
-    assert "2 of 3" in steps and steps.endswith("; not so mag_cache 20 (-1.5 dB).")
+    assert "2 of 3" in steps and steps.endswith("; these do not: mag_cache 20 (-1.5 dB).")
     assert "1 of 3" in seconds and "first_block_cache 20 (-9.0 dB), mag_cache 20 (-1.5 dB)" in seconds
 
 

@@ -78,6 +78,7 @@ STRUCTURES = {
     "skips": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
     "refined": (["refiner.0..refiner.1", ALL], 1, [IMAGE], ["blocks.1..blocks.3"]),
     "inplace": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
+    "narrow": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
     "branching": ([ALL], 0, [IMAGE], ["blocks.1..blocks.3"]),
 }
 
@@ -139,6 +140,7 @@ def test_skips_are_those_of_a_cache_by_hand(flow):
         ("skips", True, 1),
         ("inplace", False, 0),
         ("inplace", True, 1),
+        ("narrow", True, 0),
         ("interleaved", False, 0),
     ],
 )

@@ -40,16 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios.save(args.out / "mag_ratios.json")
     rows = score(trials, labels)
     sentences = headline(rows)
-    if abs(again / trials[0].seconds - 1) > NOISY:
+    first = trials[0].seconds
+    if abs(again / first - 1) > NOISY:
         sentences.append(
-            f"The machine was busy: the uncached run took {trials[0].seconds:.1f} s at the start and {again:.1f} s at "
-            "the end, so the seconds, and what follows from them, are not to be trusted."
+            f"The machine was busy: the uncached run took {first:.1f} s at the start and {again:.1f} s at the end, so "
+            "do not trust the seconds, nor what follows from them."
         )
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sampled = (
         f"{len(labels)} digits, {args.steps} Euler steps of flow matching, guidance {GUIDANCE:g}, seed {args.seed}"
     )
-    spread = f"{trials[0].seconds:.2f} s at the start and {again:.2f} s at the end"
+    spread = f"{first:.2f} s at the start and {again:.2f} s at the end"
     system = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     facts = {
         "Model": f"a transformer of {size:.2f} M parameters, trained on scikit-learn's handwritten digits",

@@ -80,7 +80,7 @@ def _count(cost: str, gains: Sequence[tuple[float, Row]], total: int) -> str:
     sentence = f"{cost}{out}, {len(gains) - len(rest)} of {len(gains)} cached settings beat running fewer steps"
     if not rest:
         return f"{sentence}."
-    return f"{sentence}; not so {', '.join(f'{row.label} ({shown(gained):+.1f} dB)' for gained, row in rest)}."
+    return f"{sentence}; these do not: {', '.join(f'{row.label} ({shown(gained):+.1f} dB)' for gained, row in rest)}."
 
 
 def shown(gained: float) -> float:
