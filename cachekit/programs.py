@@ -15,7 +15,6 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.errors import CacheError
-from cachekit.layout import Layout
 from cachekit.sites import COMPUTE, PROBE, REUSE, check_reached, run_framed
 from cachekit.state import State
 
@@ -36,11 +35,11 @@ class Programs:
         return self._compiled[action]
 
     def run(
-        self, step: CachedStep, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
+        self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
         names = tuple(state.sites)
-        now, sums, residual, carried = step.clock(state), None, None, None
+        now, sums, residual, carried, seen = step.clock(state), None, None, None, moment
         try:
             if step.policy.front:
                 sums, residual, carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
@@ -51,13 +50,13 @@ class Programs:
                 sums = observed if sums is None else sums
             else:
                 out, updated = self._program(REUSE)(step, names, state.sites, carried, now, args, kwargs), {}
-        except CacheError:
-            raise
         except Exception as error:
-            found = _typed(error)
-            if found is None:
-                raise
-            raise found from error
+            # A compiler wraps what goes wrong while it traces. Without one the step says it in its own words.
+            try:
+                step.run_eagerly(step.layout(names), state, seen, args, kwargs)
+            except CacheError as named:
+                raise named from error
+            raise
         return out, step.advance(state, moment, computed, updated, residual, sums)
 
 
@@ -126,14 +125,3 @@ def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
         return [keep and SETTLED.search(entry.name) is None for entry, keep in pairs]
 
     return {**arguments, "options": {**options, "guard_filter_fn": needed}}
-
-
-def _typed(error: BaseException | None) -> CacheError | None:
-    """The error of ours that a compiler has wrapped while it traced, if there is one."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, CacheError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None

@@ -32,13 +32,19 @@ class Chain:
     streams: Mapping[int, Key]
 
     def __post_init__(self) -> None:
-        if not self.blocks or not all(isinstance(name, str) for name in self.blocks):
+        listed = isinstance(self.blocks, (str, list, tuple)) and len(self.blocks) > 0
+        if not listed or not all(isinstance(name, str) for name in self.blocks):
             raise ArgumentTypeError(f"`blocks` must be names of blocks, got {self.blocks!r}.")
         if not isinstance(self.streams, Mapping) or not self.streams:
             raise ArgumentTypeError(
                 f"`streams` must map output positions to arguments, got {self.streams!r}. Use {{0: 0}} for blocks "
                 "that take and return one tensor."
             )
+        for leaf in self.streams:
+            if isinstance(leaf, bool) or not isinstance(leaf, int) or leaf < 0:
+                raise ArgumentTypeError(
+                    f"`streams` must map output positions to arguments, got {leaf!r} for one. Use 0 for the first."
+                )
 
     def paths(self, candidates: Iterable[str]) -> list[str]:
         """The blocks it names, among those there are."""
@@ -97,7 +103,13 @@ def _stated_map(call: Call, chain: Chain) -> dict[int, Key]:
     for leaf, key in chain.streams.items():
         if leaf >= len(call.outs):
             raise ArgumentError(f"`streams` names output {leaf} of {call.path}, which returns {len(call.outs)} values.")
-        if not isinstance(call.args.get(key), Leaf):
+        arg, out = call.args.get(key), call.outs[leaf]
+        if isinstance(arg, Leaf) and isinstance(out, Leaf) and arg.spec.shape != out.spec.shape:
+            raise ArgumentError(
+                f"`streams` says that output {leaf} of {call.path}, {out.spec}, continues its argument {key!r}, "
+                f"{arg.spec}. A stream keeps its shape: name another argument."
+            )
+        if not isinstance(arg, Leaf):
             raise ArgumentError(
                 f"`streams` names argument {key!r} of {call.path}, which is no tensor there. "
                 f"Its arguments are: {', '.join(repr(name) for name in call.args)}."

@@ -132,7 +132,8 @@ class CachedStep(nn.Module):
             raise ArgumentTypeError(
                 f"`policy` must be a Policy, got {type(policy).__name__}. Use e.g. cachekit.first_block_cache(0.1)."
             )
-        stated = (structure,) if isinstance(structure, Chain) else tuple(structure or ())
+        several = structure if isinstance(structure, (list, tuple)) else (structure,)
+        stated = () if structure is None else tuple(several)
         if not all(isinstance(chain, Chain) for chain in stated):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
@@ -141,6 +142,7 @@ class CachedStep(nn.Module):
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
+        self._forms: dict[tuple[str, ...], Any] = {}
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         found = self.opened.find(args, kwargs, device)
@@ -186,6 +188,7 @@ class CachedStep(nn.Module):
             computed=computed,
             signal=signal,
         )
+        self._forms[tuple(sites)] = _form_of(state)
         return _mark(state)
 
     def init_like(self, state: State, timesteps: int | Sequence[float] | Tensor | None = None) -> State:
@@ -268,7 +271,13 @@ class CachedStep(nn.Module):
             )
         moment = Moment(index, float(state.timesteps[index]), steps, Sums(math.nan, math.nan))
         if self._programs is not None:
-            return self._programs.run(self, layout, state, moment, args, kwargs)
+            return self._programs.run(self, state, moment, args, kwargs)
+        return self.run_eagerly(layout, state, moment, args, kwargs)
+
+    def run_eagerly(
+        self, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Any, State]:
+        """One step without a compiler, decided on the way."""
         frame = self.frame(EAGER, layout, state.sites, state.reference, self.clock(state))
         frame["compute"] = self.verdict(state, moment) if not self.policy.probed else None
         frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(torch.stack(sums))))
@@ -397,7 +406,7 @@ class CachedStep(nn.Module):
                 f"`state` has the sites {list(state.sites)}, this step knows {list(self.opened.layouts)}. "
                 "Call step.init once with the arguments of the model, also before a state that was saved is used."
             )
-        if isinstance(state.plan, Tensor) != self.policy.decider.static:
+        if self._forms.get(tuple(state.sites), _form_of(state)) != _form_of(state):
             raise StateError(f"`state` was made under another policy than {self.policy.name}. Use its own step.")
         return layout
 
@@ -439,6 +448,7 @@ class CachedStep(nn.Module):
             self.opened.original, self.policy, self.structure, programs=programs, block_options=block_options
         )
         made.opened.layouts.update(self.opened.layouts)
+        made._forms.update(self._forms)
         return made
 
     def export(self, path, state: State, /, *args, **kwargs) -> None:
@@ -450,6 +460,15 @@ class CachedStep(nn.Module):
     def extra_repr(self) -> str:
         """The policy, beside the shadow, when printed."""
         return self.policy.name
+
+
+def _form_of(state: State) -> Any:
+    """What kind of state it is: that of another policy is of another form."""
+    return _form((state.plan, state.decider, state.reference, next(iter(state.sites.values()))))
+
+
+def _form(tree: Any) -> Any:
+    return (type(tree), *map(_form, tree)) if isinstance(tree, tuple) else None
 
 
 def _tensors(sums) -> Sums:

@@ -240,7 +240,7 @@ def test_a_step_past_the_last_timestep(way, policy):
         step(state, *feed(STEPS))
 
 
-@WAYS
+@pytest.mark.parametrize("way", [eagerly, pytest.param(compiled, marks=pytest.mark.compiles)])
 @POLICIES
 @pytest.mark.parametrize("steps", [0, 1])
 def test_tensors_that_changed_since_init(way, policy, steps):
@@ -276,8 +276,9 @@ def test_sites_that_the_step_does_not_know(way, policy):
         step(other, *feed(0))
 
 
-def front(decider: ck.deciders.Decider, forecaster: ck.forecasters.Forecaster | None = None) -> ck.Policy:
-    return ck.Policy("front", decider, forecaster or ck.forecasters.hold(), ck.signals.change, front=1)
+MASKED = ck.Policy("front", ck.deciders.mask([1, 0]), ck.forecasters.hold(), ck.signals.change, front=1)
+CAPPED = ck.first_block_cache(0.1, max_skips=2)
+LINEAR, QUADRATIC = (ck.step_mask([1, 0], forecaster=ck.forecasters.taylor(order)) for order in (1, 2))
 
 
 @WAYS
@@ -286,17 +287,11 @@ def front(decider: ck.deciders.Decider, forecaster: ck.forecasters.Forecaster | 
     [
         (MASK, DRIFT),
         (DRIFT, MASK),
-        (DRIFT, front(ck.deciders.mask([1, 0, 1, 0]))),
-        (front(ck.deciders.mask([1, 0, 1, 0])), DRIFT),
-        (MASK, ck.step_mask([1, 0, 1, 0], forecaster=ck.forecasters.taylor(1))),
-        (ck.step_mask([1, 0, 1, 0], forecaster=ck.forecasters.taylor(1)), MASK),
-        (
-            ck.step_mask([1, 0, 1, 0], forecaster=ck.forecasters.taylor(2)),
-            ck.step_mask([1], forecaster=ck.forecasters.taylor(1)),
-        ),
-        (DRIFT, ck.first_block_cache(0.1, max_skips=2)),
-        (ck.first_block_cache(0.1, max_skips=2), DRIFT),
+        (DRIFT, MASKED),
+        (MASKED, DRIFT),
+        *(pair for pair in ((MASK, LINEAR), (LINEAR, MASK), (QUADRATIC, LINEAR), (DRIFT, CAPPED), (CAPPED, DRIFT))),
     ],
+    ids=lambda policy: policy.name,
 )
 def test_the_state_of_another_policy(way, policy, other):
     model = dit.dit(depth=2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-RANGE = 1.0
+RANGE = 2.0
 """Of the data: images live in [-1, 1]."""
 WINDOW = 7
 
