@@ -133,8 +133,8 @@ class CachedStep(nn.Module):
                 f"`policy` must be a Policy, got {type(policy).__name__}. Use e.g. cachekit.first_block_cache(0.1)."
             )
         several = structure if isinstance(structure, (list, tuple)) else (structure,)
-        stated = () if structure is None else tuple(several)
-        if not all(isinstance(chain, Chain) for chain in stated):
+        stated = tuple(chain for chain in several if isinstance(chain, Chain))
+        if structure is not None and len(stated) != len(several):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
         self.structure = stated
