@@ -151,6 +151,23 @@ def test_compiled_skips_are_those_of_a_cache_by_hand(flow, whole, front):
     check(compiled, Reference(model, front), init=step.init if whole else compiled.init)
 
 
+@torch.no_grad()
+def test_the_first_block_is_measured_against_the_last_computed_step():
+    model = dit.dit(depth=2)
+    _, state = run(ck.cache(model, ck.first_block_cache(0.15)))
+    log, reference, inputs = ck.summary(state), torch.zeros(1), []
+    handle = model.blocks[0].register_forward_hook(lambda block, args, out: inputs.append(out[0] - args[0]))
+    for index in range(STEPS):
+        model(*feed(index))
+        moved, size = (inputs[index] - reference).abs().sum(), reference.abs().sum()
+        change = (moved / size).item()
+        assert log.signal[index] == pytest.approx(change, rel=1e-5)
+        assert log.computed[index] == (not change < 0.15)
+        reference = inputs[index] if log.computed[index] else reference
+    handle.remove()
+    assert 1 < sum(log.computed) < STEPS - 1
+
+
 def test_a_refiner_is_told_apart_from_the_main_list():
     step = ck.cache(dit.dit("refined"), ck.first_block_cache(0.1))
     lines = step.explain(STEPS, *feed(0)).splitlines()
