@@ -24,7 +24,7 @@ test: setup            ## the whole test suite, doctests included
 lint: setup            ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: setup           ## what a cached step costs on this machine; writes bench/results/
 	$(BIN)/python bench/overhead.py
