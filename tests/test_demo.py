@@ -20,7 +20,7 @@ import cachekit as ck
 from cachekit.demo import pictures
 from cachekit.demo.__main__ import arguments, main
 from cachekit.demo.metrics import psnr, ssim
-from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, settings
+from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, Setting, Trial, score, settings
 from cachekit.demo.verdict import gain, headline
 
 seeds = st.integers(0, 2**32 - 1)
@@ -42,6 +42,8 @@ def row(group: str, steps: float, psnr: float, seconds: float | None = None) -> 
         computed={},
         computed_steps=steps,
         seconds=steps if seconds is None else seconds,
+        pace=1.0,
+        busy=False,
         speedup=1.0,
         psnr=psnr,
         worst=psnr,
@@ -147,6 +149,20 @@ def test_gain_by_steps_and_by_time_are_two_things():
 def test_beyond_the_ends_only_what_is_certain_is_claimed(steps, distance, expected):
     cached = row("mag_cache", steps, distance)
     assert gain(cached, [*PLAIN, cached]).at_equal_steps == expected
+
+
+def test_the_seconds_of_a_busy_machine_count_for_nothing():
+    cached = row("mag_cache", 20, 45.0)
+    assert gain(cached._replace(busy=True), PLAIN) == (5.0, None)
+    plain = [entry._replace(busy=entry.steps == 50 and entry.computed_steps == 20) for entry in PLAIN]
+    assert gain(cached, plain) == pytest.approx((5.0, 5.0))  # between the runs of 10 and 40 steps
+    assert "fewer steps 20" in headline([*plain, cached])[-1]
+
+
+def test_a_pace_of_its_own_is_taken_for_a_busy_machine():
+    setting, labels = Setting(UNCACHED, "", 1), torch.arange(3)
+    trials = [Trial(setting, images(0), {"cond": (True,)}, 1.0, pace) for pace in (1.0, 1.1, 0.9, 1.0, 1.3, 0.7)]
+    assert [entry.busy for entry in score(trials, labels)] == [False] * 4 + [True] * 2
 
 
 def test_runs_without_a_cache_gain_nothing():

@@ -22,8 +22,6 @@ from cachekit.demo.runs import GUIDANCE, UNCACHED, Row, Setting, Trial, calibrat
 from cachekit.demo.verdict import gain, headline
 from cachekit.diffusers import digits
 
-NOISY = 0.15
-"""Relative difference between the two uncached runs from which on the report warns of its seconds."""
 PACKAGES = ("torch", "diffusers", "scikit-learn", "matplotlib")
 
 
@@ -36,33 +34,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = torch.arange(digits.CLASSES).repeat(args.digits_per_class)
     model = digits.load(args.weights)
 
-    ratios, trials, again = measure(model, labels, args)
+    ratios, trials = measure(model, labels, args)
     ratios.save(args.out / "mag_ratios.json")
     rows = score(trials, labels)
     sentences = headline(rows)
-    first = trials[0].seconds
-    if abs(again / first - 1) > NOISY:
-        sentences.append(
-            f"The machine was busy: the uncached run took {first:.1f} s at the start and {again:.1f} s at the end, so "
-            "do not trust the seconds, nor what follows from them."
-        )
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     sampled = (
         f"{len(labels)} digits, {args.steps} Euler steps of flow matching, guidance {GUIDANCE:g}, seed {args.seed}"
     )
-    spread = f"{first:.2f} s at the start and {again:.2f} s at the end"
+    paces = f"{min(row.pace for row in rows):.3f} to {max(row.pace for row in rows):.3f} s, as means of the runs"
     system = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     facts = {
         "Model": f"a transformer of {size:.2f} M parameters, trained on scikit-learn's handwritten digits",
         "Sampling": f"{sampled}, float32, {'compiled' if args.compile else 'eager'}",
         "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, all runs in one process",
-        "Noise of the timing": f"the uncached run took {spread}",
+        "Noise of the timing": f"a computed forward of the {len(labels)} digits took {paces}",
         "mag_cache": "its ratios were calibrated in this run, on other noise: mag_ratios.json",
         "Machine": system,
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
 
-    write(args.out, rows, trials, sentences, facts, args, again)
+    write(args.out, rows, trials, sentences, facts, args)
     print(report.table(rows))
     print("\nLast two columns: dB of PSNR over fewer Euler steps with as many computed steps, and in as much time.\n")
     print("\n".join(sentences))
@@ -95,24 +87,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure(
-    model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace
-) -> tuple[ck.MagRatios, list[Trial], float]:
-    """The calibrated ratios, one trial of every setting, and the seconds of a second uncached run after them all."""
-    repeats = 2 if args.compile else 1
+def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.MagRatios, list[Trial]]:
+    """The calibrated ratios, and one trial of every setting."""
     with tqdm(unit="step", total=args.steps, mininterval=0.2, dynamic_ncols=True) as progress:
         progress.set_description("mag_calibration")
         # Noise of its own: calibrated on what is judged, the ratios would know the answer.
         ratios = calibrate(model, args.steps, args.seed + 1, progress.update)
         planned = settings(args.steps, ratios, args.short)
-        last = Setting(UNCACHED, "again", args.steps)
-        progress.total += repeats * sum(setting.steps for setting in (*planned, last))
+        progress.total += (2 if args.compile else 1) * sum(setting.steps for setting in planned)
         run(model, Setting(UNCACHED, "warm-up", 2), labels, args.seed)
         trials = []
-        for setting in (*planned, last):
-            progress.set_description(f"{setting.label:<32}")
+        for setting in planned:
+            progress.set_description(f"{setting.label:<38}")
             trials.append(run(model, setting, labels, args.seed, progress.update, args.compile))
-    return ratios, trials[:-1], trials[-1].seconds
+    return ratios, trials
 
 
 def write(
@@ -122,7 +110,6 @@ def write(
     sentences: Sequence[str],
     facts: dict[str, str],
     args: argparse.Namespace,
-    again: float,
 ) -> None:
     """Write report.html, its pictures as files, and results.json."""
     reference = trials[0].samples
@@ -145,7 +132,6 @@ def write(
         "threads": args.threads,
         "compiled": args.compile,
         "short": args.short,
-        "uncached_seconds_at_the_end": again,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {
             "python": platform.python_version(),

@@ -34,7 +34,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     gained = gain(row, rows)
     return [
         " / ".join(map(str, counts)),
-        f"{row.seconds:.2f}",
+        f"{'~' if row.busy else ''}{row.seconds:.2f}",
         f"{row.speedup:.2f}x",
         *(f"{distance:.1f}" if math.isfinite(distance) else "same" for distance in (row.psnr, row.worst)),
         f"{row.ssim:.4f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,6 +20,8 @@ UNCACHED = "uncached"
 FEWER = "fewer steps"
 STREAMS: tuple[Stream, ...] = ("cond", "uncond")
 GUIDANCE = 2.0
+PACE = 1.25
+"""A run whose computed forwards take this many times the usual, or as many times less, was not alone or was lucky."""
 
 
 class Setting(NamedTuple):
@@ -43,6 +46,7 @@ class Trial(NamedTuple):
     samples: Tensor  # [B, 1, 1, 16, 16]
     computed: dict[str, tuple[bool, ...]]  # stream -> one a step
     seconds: float  # of the sampling loop alone
+    pace: float  # mean seconds of a computed forward
 
 
 class Row(NamedTuple):
@@ -56,6 +60,8 @@ class Row(NamedTuple):
     computed: dict[str, tuple[bool, ...]]  # stream -> one a step
     computed_steps: float  # mean of the streams
     seconds: float
+    pace: float  # mean seconds of a computed forward, which is the same work in every row
+    busy: bool  # whether the machine did something else meanwhile, so that the seconds mean little
     speedup: float  # against the uncached run
     psnr: float  # dB against the uncached samples, mean of the images; infinite where they are identical
     worst: float  # PSNR of the image that is furthest off
@@ -137,6 +143,7 @@ class Sampler:
     ) -> None:
         self.model = torch.compile(model, fullgraph=True) if compiled and setting.policy is None else model
         self.tick = tick
+        self.clock: dict[Stream, list[float]] = {stream: [] for stream in STREAMS}  # seconds of every forward
         self.step: ck.CachedStep | None = None
         self.states: dict[Stream, ck.State] = {}
         if setting.policy is not None:
@@ -151,6 +158,7 @@ class Sampler:
 
     def restart(self) -> None:
         """Forget the trajectory."""
+        self.clock = {stream: [] for stream in STREAMS}
         if self.step is not None:
             self.states = {stream: self.step.init_like(state) for stream, state in self.states.items()}
 
@@ -158,10 +166,13 @@ class Sampler:
         """The velocity of one stream; see `cachekit.demo.sample.Velocity`."""
         if stream == STREAMS[-1]:
             self.tick()
+        start = time.perf_counter()
         arguments = digits.inputs(x, t, labels)
         if self.step is None:
-            return self.model(**arguments)[0]
-        out, self.states[stream] = self.step(self.states[stream], **arguments)
+            out = self.model(**arguments)
+        else:
+            out, self.states[stream] = self.step(self.states[stream], **arguments)
+        self.clock[stream].append(time.perf_counter() - start)
         return out[0]
 
 
@@ -186,7 +197,10 @@ def run(
     seconds = time.perf_counter() - start
     computed: dict[str, tuple[bool, ...]] = dict.fromkeys(STREAMS, (True,) * setting.steps)
     computed.update({stream: ck.summary(state).computed for stream, state in sampler.states.items()})
-    return Trial(setting, samples, computed, seconds)
+    paces = [
+        spent for stream in STREAMS for spent, run in zip(sampler.clock[stream], computed[stream], strict=True) if run
+    ]
+    return Trial(setting, samples, computed, seconds, sum(paces) / len(paces))
 
 
 def calibrate(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] = lambda: None) -> ck.MagRatios:
@@ -205,8 +219,8 @@ def calibrate(model: nn.Module, steps: int, seed: int, tick: Callable[[], object
 
 def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
     """The rows of the table. The first trial is the uncached one, which the others are held against."""
-    reference = trials[0]
-    rows = []
+    reference, rows = trials[0], []
+    usual = statistics.median(trial.pace for trial in trials)
     for trial in trials:
         distances = psnr(trial.samples, reference.samples)
         rows.append(
@@ -219,6 +233,8 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
                 computed=trial.computed,
                 computed_steps=sum(sum(stream) for stream in trial.computed.values()) / len(trial.computed),
                 seconds=trial.seconds,
+                pace=trial.pace,
+                busy=not usual / PACE < trial.pace < usual * PACE,
                 speedup=reference.seconds / trial.seconds,
                 psnr=distances.mean().item(),
                 worst=distances.min().item(),

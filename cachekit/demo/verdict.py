@@ -14,7 +14,7 @@ class Gain(NamedTuple):
     """PSNR of a row over what fewer Euler steps would have at the same cost, in dB; None where it is unknown."""
 
     at_equal_steps: float | None  # as many computed steps
-    at_equal_time: float | None  # as many seconds
+    at_equal_time: float | None  # as many seconds; unknown where the machine was busy
 
 
 def gain(row: Row, rows: Sequence[Row]) -> Gain:
@@ -25,7 +25,9 @@ def gain(row: Row, rows: Sequence[Row]) -> Gain:
     """
     return Gain(
         at_equal_steps=_gain(row, rows, lambda entry: entry.computed_steps),
-        at_equal_time=_gain(row, rows, lambda entry: entry.seconds),
+        at_equal_time=None
+        if row.busy
+        else _gain(row, [entry for entry in rows if not entry.busy], lambda entry: entry.seconds),
     )
 
 
@@ -53,11 +55,17 @@ def headline(rows: Sequence[Row]) -> list[str]:
     by_time = [(gained.at_equal_time, row) for row, gained in gains if gained.at_equal_time is not None]
     if not by_steps:
         return ["No cached run lies within the range of the runs with fewer steps, so nothing can be compared."]
-    return [
+    sentences = [
         _best(*max(by_steps, key=lambda entry: entry[0])),
         _count("At equal computed steps", by_steps, len(gains)),
         _count("At equal wall time", by_time, len(gains)),
     ]
+    if busy := [row.label for row in rows if row.busy]:
+        sentences.append(
+            "The machine was busy with something else during some runs, so their seconds (marked ~) mean little and "
+            f"are left out of what is said about time: {', '.join(busy)}."
+        )
+    return sentences
 
 
 def _best(most: float, row: Row) -> str:
@@ -75,7 +83,7 @@ def _best(most: float, row: Row) -> str:
 
 def _count(cost: str, gains: Sequence[tuple[float, Row]], total: int) -> str:
     """One sentence, in which `gains` are those of the `total` cached settings that can be compared."""
-    out = "" if len(gains) == total else f" ({total - len(gains)} of {total} cost too much or too little to compare)"
+    out = "" if len(gains) == total else f" ({total - len(gains)} of {total} cannot be compared)"
     rest = sorted((entry for entry in gains if shown(entry[0]) <= 0), key=lambda entry: entry[0])
     sentence = f"{cost}{out}, {len(gains) - len(rest)} of {len(gains)} cached settings beat running fewer steps"
     if not rest:
