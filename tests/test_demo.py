@@ -157,6 +157,8 @@ def test_the_seconds_of_a_busy_machine_count_for_nothing():
     plain = [entry._replace(busy=entry.steps == 50 and entry.computed_steps == 20) for entry in PLAIN]
     assert gain(cached, plain) == pytest.approx((5.0, 5.0))  # between the runs of 10 and 40 steps
     assert "fewer steps 20" in headline([*plain, cached])[-1]
+    everywhere = headline([entry._replace(busy=True) for entry in [*PLAIN, cached]])
+    assert not any("At equal wall time" in sentence for sentence in everywhere)
 
 
 def test_a_pace_of_its_own_is_taken_for_a_busy_machine():

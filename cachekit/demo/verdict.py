@@ -23,11 +23,10 @@ def gain(row: Row, rows: Sequence[Row]) -> Gain:
     Between two such runs the PSNR is taken as linear in the logarithm of the cost. Beyond the costliest a row can
     only be held to lose, beyond the cheapest only to win: then the difference from that run is a lower bound.
     """
+    alone = [entry for entry in rows if not entry.busy]
     return Gain(
         at_equal_steps=_gain(row, rows, lambda entry: entry.computed_steps),
-        at_equal_time=None
-        if row.busy
-        else _gain(row, [entry for entry in rows if not entry.busy], lambda entry: entry.seconds),
+        at_equal_time=None if row.busy else _gain(row, alone, lambda entry: entry.seconds),
     )
 
 
@@ -58,8 +57,9 @@ def headline(rows: Sequence[Row]) -> list[str]:
     sentences = [
         _best(*max(by_steps, key=lambda entry: entry[0])),
         _count("At equal computed steps", by_steps, len(gains)),
-        _count("At equal wall time", by_time, len(gains)),
     ]
+    if by_time:
+        sentences.append(_count("At equal wall time", by_time, len(gains)))
     if busy := [row.label for row in rows if row.busy]:
         sentences.append(
             "The machine was busy with something else during some runs, so their seconds (marked ~) mean little and "
