@@ -1,9 +1,10 @@
 """What a cached step costs beside the step it replaces, on the CPU, peers in the same run.
 
 Two models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, and a near-empty
-one, where all that is left is overhead. Every row is a median of single calls, taken in turn with all other rows,
-and given as a ratio to plain `torch.compile` of the same model in the same run; seconds are shown for orientation
-only. Compilation is timed apart. No result is timed before it agrees with what it should be.
+one, where all that is left is overhead. The rows of a method and an action are measured together with the plain
+model, call by call in turn; a row's figure is the median of its ratios to the plain compiled call of the same round.
+Seconds are for orientation only. Compilation is timed apart. No result is timed before it agrees with what it should
+be.
 
     python bench/overhead.py [--rounds 40] [--models medium,small] [--out bench/results]
 """
@@ -144,26 +145,26 @@ def policies(action: str) -> dict[str, tuple[ck.Policy, Any]]:
     }
 
 
-def rows(model, inputs) -> list[Row]:
-    """All ways side by side."""
+def rows(model, inputs, method: str, action: str) -> list[Row]:
+    """All ways of one method and action, side by side with the plain model."""
 
     def plain(i: int) -> torch.Tensor:
         return model(**inputs[i % len(inputs)])[0]
 
-    compiled = torch.compile(model, fullgraph=True)
+    # A function of its own: compiled code is looked up by code object, and the hooked model has that of the class.
+    compiled = torch.compile(lambda kwargs: model(**kwargs), fullgraph=True)
     table = [
         Row("plain", "eager", "computed", plain, None),
-        Row("plain", "torch.compile", "computed", lambda i: compiled(**inputs[i % len(inputs)])[0], plain),
+        Row("plain", "torch.compile", "computed", lambda i: compiled(inputs[i % len(inputs)])[0], plain),
     ]
-    for action in ("computed", "skipped"):
-        expected = plain if action == "computed" else None
-        for method, (ours, theirs) in policies(action).items():
-            against = f"{method}, diffusers hooks, eager, {action}"
-            for way, is_compiled in (("eager", False), ("torch.compile", True)):
-                hooked = Hooks(model, theirs, inputs, is_compiled)
-                table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
-            for way in ("eager", "regional", "programs", "one graph"):
-                table.append(Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against))
+    expected = plain if action == "computed" else None
+    ours, theirs = policies(action)[method]
+    against = f"{method}, diffusers hooks, eager, {action}"
+    for way, is_compiled in (("eager", False), ("torch.compile", True)):
+        hooked = Hooks(model, theirs, inputs, is_compiled)
+        table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
+    for way in ("eager", "regional", "programs", "one graph"):
+        table.append(Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against))
     return table
 
 
@@ -191,14 +192,15 @@ def check(table: list[Row], calls: int = 3) -> dict[str, float]:
     return seconds
 
 
-def measure(table: list[Row], rounds: int) -> list[list[float]]:
-    """Seconds of single calls, all rows in turn."""
+def measure(table: list[Row], rounds: int, warm: int) -> list[list[float]]:
+    """Seconds of single calls, all rows in turn, each after a few calls that make the processor's caches its own."""
     samples: list[list[float]] = [[] for _ in table]
     for n in range(rounds):
         for row, found in zip(table, samples, strict=True):
-            row.call(n)  # the caches of the processor are its own again
+            for i in range(warm):
+                row.call(n + i)
             start = time.perf_counter()
-            row.call(n + 1)
+            row.call(n + warm)
             found.append(time.perf_counter() - start)
         if sys.stderr.isatty():
             print(f"\r  round {n + 1} of {rounds}", end="", file=sys.stderr)
@@ -209,43 +211,46 @@ def measure(table: list[Row], rounds: int) -> list[list[float]]:
 
 def bench(name: str, rounds: int) -> list[dict[str, Any]]:
     """Measure one model and print its table."""
-    torch._dynamo.reset()
     model, inputs = build(MODELS[name])
-    table = rows(model, inputs)
-    seconds = check(table)
-    samples = measure(table, rounds)
-    base = statistics.median(samples[1])
-    print(f"\n{name}: {MODELS[name]}, plain torch.compile {base * 1e3:.2f} ms")
+    print(f"\n{name}: {MODELS[name]}")
     print(f"{'method':<18} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'ms':>9} {'first s':>8}")
-    results = []
-    for row, found in zip(table, samples, strict=True):
-        low, middle, high = statistics.quantiles(found, n=4)
-        # Each sample over the plain compiled call of its own round: the machine drifts, a round is short.
-        ratio = statistics.median(a / b for a, b in zip(found, samples[1], strict=True))
-        first = seconds[f"{row.method}, {row.way}, {row.action}"]
-        print(
-            f"{row.method:<18} {row.way:<30} {row.action:<9} {ratio:>8.4f} {low / base:>7.3f} {high / base:>7.3f} "
-            f"{middle * 1e3:>9.3f} {first:>8.1f}"
-        )
-        results.append(
-            {
-                "model": name,
-                "method": row.method,
-                "way": row.way,
-                "action": row.action,
-                "ratio": ratio,
-                "p25": low / base,
-                "p75": high / base,
-                "seconds": middle,
-                "first_calls_seconds": first,
-            }
-        )
+    results: list[dict[str, Any]] = []
+    for action in ("computed", "skipped"):
+        for method in policies(action):
+            # Fresh: whatever was compiled for other rows costs none of these a look.
+            torch._dynamo.reset()
+            table = rows(model, inputs, method, action)
+            seconds = check(table)
+            # A near-empty call is over before the caches are warm, and so short that many more are affordable.
+            many = 4 if name == "small" else 1
+            samples = measure(table, rounds * many, warm=2 * many)
+            base = samples[1]
+            for row, found in list(zip(table, samples, strict=True))[2 if results else 0 :]:
+                low, middle, high = statistics.quantiles([a / b for a, b in zip(found, base, strict=True)], n=4)
+                entry = {
+                    "model": name,
+                    "method": row.method,
+                    "way": row.way,
+                    "action": row.action,
+                    "ratio": middle,
+                    "p25": low,
+                    "p75": high,
+                    "seconds": statistics.median(found),
+                    "first_calls_seconds": seconds[f"{row.method}, {row.way}, {row.action}"],
+                }
+                print(
+                    f"{row.method:<18} {row.way:<30} {row.action:<9} {middle:>8.4f} {low:>7.3f} {high:>7.3f} "
+                    f"{entry['seconds'] * 1e3:>9.3f} {entry['first_calls_seconds']:>8.1f}"
+                )
+                results.append(entry)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls a row")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="timed calls a row; the small model has four times as many"
+    )
     parser.add_argument("--models", default="medium,small", help="which of medium, small")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     options = parser.parse_args()

@@ -255,10 +255,12 @@ class Recorder(TorchDispatchMode):
             out = block(*args, **kwargs)
         finally:
             self.depth -= 1
-        mutated = frozenset(key for key, value in tensors.items() if _version(value) != versions[key])
-        for key in mutated:
-            self._count += 1
-            self._tokens[tensors[key]] = self._count
+        mutated = {}
+        for key, value in tensors.items():
+            if _version(value) != versions[key]:
+                self._count += 1
+                mutated[key] = self._tokens[value] = self._count
+                self._results.add(self._count)
         leaves, treespec = pytree.tree_flatten(out)
         lineage = {}
         for i, leaf in enumerate(leaves):

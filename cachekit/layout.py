@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cachekit.errors import StructureError
+from cachekit.errors import ArgumentError, StructureError
 from cachekit.record import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure import Chain, chains_of, lead, stream_maps
 
@@ -36,6 +36,7 @@ class Stream(NamedTuple):
     key: Key  # argument of the first block it continues
     dtype: torch.dtype  # of the result
     base: torch.dtype  # of the argument
+    written: bool  # whether the result is the argument itself, written to in place
 
     @property
     def residual(self) -> torch.dtype:
@@ -57,9 +58,13 @@ class Span(NamedTuple):
     treespecs: tuple[Any, ...]  # of the blocks' results
     streams: tuple[Stream, ...]
     main: int  # which stream carries the denoised tokens
-    mutated: bool  # whether a block writes to its arguments
     aliases: tuple[tuple[Place, ...], ...]  # tensors that share memory with another one, each with all its places
     front: bool  # always run, as the probe
+
+    @property
+    def mutated(self) -> bool:
+        """Whether a block writes to a stream it was given."""
+        return any(stream.written for stream in self.streams)
 
 
 class Layout(NamedTuple):
@@ -113,8 +118,9 @@ def span_of(
             key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
             if key is None:
                 return None
-            base = members[0].args[key].spec
-            stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.dtype)
+            base = members[0].args[key]
+            written = key in members[0].mutated and out.storage == base.storage
+            stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.spec.dtype, written=written)
             found.append((stream, TensorSpec(out.spec.shape, stream.residual, out.spec.device)))
     if not found:
         return None
@@ -129,7 +135,6 @@ def span_of(
         treespecs=tuple(call.treespec for call in members),
         streams=tuple(stream for stream, _ in found),
         main=_main([stream for stream, _ in found], members[0], prefer),
-        mutated=any(call.mutated for call in members),
         aliases=_aliases(members, links),
         front=front,
     )
@@ -209,8 +214,9 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
     """
     if not record.calls:
         raise StructureError(
-            "No block of the model ran: it has no nn.ModuleList of blocks, or the forward did not call them. "
-            "State the blocks with cachekit.Chain."
+            "No block of the model ran: it has no nn.ModuleList of blocks, the forward did not call them, or a patched "
+            "forward holds on to the original model by other means than a closure, a bound method or a partial. State "
+            "the blocks with cachekit.Chain, or undo the patch."
         )
     maps = stream_maps(record, stated)
     if stated:
@@ -235,12 +241,13 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
                 continue
             prefer = next(iter(stated[i].streams)) if stated else None
             found = span_of(record, maps, piece, front=piece is probe, prefer=prefer)
-            if found is not None:
+            spoiled = _spoils(record, piece, found[0].streams) if found is not None else None
+            if found is not None and spoiled is None:
                 spans.append((*found, piece))
-            elif i == leader:
-                raise StructureError(_no_stream(record.calls[piece[0]]))
+            elif i == leader or stated:
+                raise StructureError(spoiled or _no_stream(record, piece, maps[piece[-1]], by_hand=bool(stated)))
             else:
-                left.append(f"{names[i]}: no argument is known that its result continues")
+                left.append(f"{names[i]}: {spoiled or 'no argument is known that its result continues'}")
     if all(span.front for span, _, _ in spans):
         raise StructureError(
             f"Nothing to skip: {names[leader]} is the only chain, and after its {front} front block(s) no block is "
@@ -266,14 +273,53 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
 
 
 def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
-    chains = []
+    chains: list[tuple[int, ...]] = []
     for chain in stated:
-        paths = set(chain.paths(call.path for call in record.calls))
-        chains.append(tuple(k for k, call in enumerate(record.calls) if call.path in paths))
+        named = chain.paths(call.path for call in record.calls)
+        calls = [k for k, call in enumerate(record.calls) if call.path in set(named)]
+        order = list(dict.fromkeys(record.calls[k].path for k in calls))
+        if order != named:
+            raise ArgumentError(
+                f"`blocks` names {', '.join(named)}, but they are called in the order {', '.join(order)}."
+            )
+        if twice := [record.calls[k].path for k in calls if any(k in other for other in chains)]:
+            raise ArgumentError(f"`structure` states {twice[0]} in two chains. A block belongs to one.")
+        chains.append(tuple(calls))
     return chains
 
 
-def _no_stream(call: Call) -> str:
+def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream]) -> str | None:
+    """Why a span cannot be left out: a block writes to a tensor that is read later and is no result of the span."""
+    later = [call for k, call in enumerate(record.calls) if k not in positions]
+    read = record.read | {arg.token for call in later for _, _, arg in leaves_of(call)}
+    ends = {record.calls[positions[-1]].outs[stream.leaf].token for stream in streams}
+    for k in positions:
+        call = record.calls[k]
+        for key, token in call.mutated.items():
+            if token in read and token not in ends:
+                return (
+                    f"{call.path} ({call.kind}) writes to its argument {key!r}, which is read later, so a step that "
+                    "leaves the block out would go wrong. Let it write to a copy."
+                )
+    return None
+
+
+def _no_stream(record: Record, positions: Sequence[int], last: Mapping[int, Key], by_hand: bool) -> str:
+    calls = [record.calls[k] for k in positions]
+    if by_hand:
+        for before, call in zip(calls, calls[1:], strict=False):
+            if not made_by(before) & {arg.token for _, _, arg in leaves_of(call)}:
+                return (
+                    f"`structure` states {before.path} and {call.path} as one chain, but no argument of {call.path} is "
+                    f"what {before.path} returned: something else happens in between. State two chains."
+                )
+        unnamed = [i for i, out in enumerate(calls[-1].outs) if isinstance(out, Leaf) and i not in last]
+        if unnamed:
+            return (
+                f"`streams` does not name output {unnamed[0]} of {calls[-1].path}, which is read after the chain. Name "
+                f"the argument it continues: {{{unnamed[0]}: ...}}."
+            )
+    call = calls[0]
     arguments = ", ".join(f"{key!r} {arg.spec}" for key, _, arg in leaves_of(call))
     results = ", ".join(str(out.spec) for out in call.outs if isinstance(out, Leaf))
     return (

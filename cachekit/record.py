@@ -62,7 +62,7 @@ class Call(NamedTuple):
     treespec: Any  # of the result
     outs: tuple[Any, ...]  # Leaf or Const, flat
     lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
-    mutated: frozenset[Key]  # arguments it wrote to
+    mutated: dict[Key, int]  # arguments it wrote to, and the token each has after that
     flops: int
 
 

@@ -29,6 +29,6 @@ def norm_ratio(value: Tensor, reference: Tensor) -> Sums:
     """
     norm = torch.linalg.vector_norm(value.float(), dim=-1)
     before = torch.linalg.vector_norm(reference.float(), dim=-1)
-    known = before > 0
+    known = before != 0  # a NaN stays one
     ratios = torch.where(known, norm / torch.where(known, before, 1.0), 1.0)
     return Sums(ratios.sum(), torch.ones_like(ratios).sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
-from cachekit.layout import Span, Stream
+from cachekit.layout import Place, Span, Stream
 from cachekit.record import Const, Key
 
 # How a frame is run.
@@ -184,12 +184,15 @@ def _unaliased(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[tu
     """The arguments without shared memory, which a branch of `torch.cond` refuses."""
     free = [(list(args), dict(kwargs)) for args, kwargs in calls]
     for places in span.aliases:
-        first = places[0]
-        value = _argument(first.key, *calls[first.member])
-        fresh = (value if first.leaf < 0 else pytree.tree_leaves(value)[first.leaf]).clone()
+        fresh = _at_place(places[0], calls).clone()
         for place in places:
             _put(free[place.member], place.key, place.leaf, fresh)
     return free
+
+
+def _at_place(place: Place, calls: list[tuple[Any, dict[str, Any]]]) -> Any:
+    value = _argument(place.key, *calls[place.member])
+    return value if place.leaf < 0 else pytree.tree_leaves(value)[place.leaf]
 
 
 def _put(call: tuple[list, dict], key: Key, leaf: int, value: Any) -> None:
@@ -222,7 +225,7 @@ def _values(span: Span, output: Any) -> list[Tensor]:
 def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     """The probe: its blocks run, and their residual is measured against that of the last computed step."""
     if frame["mode"] in (COMPUTE, REUSE) and frame["carried"] is not None:
-        return None, list(frame["carried"])
+        return None, _written(span, calls, list(frame["carried"]))
     bases = _bases(span, calls)
     output = _run(frame, span, calls)
     values = _values(span, output)
@@ -246,7 +249,7 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         return None, bases
     states = frame["sites"][span.name]
     if mode == GRAPH:
-        return None, _branch(frame, span, calls, states, bases)
+        return None, _written(span, calls, _branch(frame, span, calls, states, bases))
     if mode == COMPUTE or (mode == EAGER and frame["compute"]):
         output = _run(frame, span, calls)
         values = _values(span, output)
@@ -255,7 +258,18 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
             frame["sums"] = _add(frame["sums"], _observed(frame, span, residuals, states))
         frame["updated"][span.name] = _updated(frame, residuals, states)
         return output, values
-    return None, _forecast(frame, span, bases, states)
+    return None, _written(span, calls, _forecast(frame, span, bases, states))
+
+
+def _written(span: Span, calls, values: list[Tensor]) -> list[Tensor]:
+    """The values, written to the arguments that the blocks would have written to."""
+    if not span.mutated:
+        return values
+    args, kwargs = calls[0]
+    made = []
+    for stream, value in zip(span.streams, values, strict=True):
+        made.append(_argument(stream.key, args, kwargs).copy_(value) if stream.written else value)
+    return made
 
 
 def _residuals(span: Span, values, bases, states) -> list[Tensor]:
@@ -305,8 +319,11 @@ def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: lis
     """Both ways inside one graph. A branch returns fresh tensors and changes nothing outside."""
     leaves, treespec = pytree.tree_flatten(states)
     streams = len(span.streams)
-    if span.aliases:
+    if span.aliases or span.mutated:
         calls = _unaliased(span, calls)
+        for stream in span.streams:
+            if stream.written:  # a branch must not write to what comes from outside
+                _put(calls[0], stream.key, -1, _argument(stream.key, *calls[0]).clone())
         bases = _bases(span, calls)
     observe = frame["observe"]
 

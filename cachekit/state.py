@@ -23,7 +23,7 @@ class State(NamedTuple):
     decider: Any  # state of the decider; () for a static one
     reference: Any  # [...] front residual of the last computed step; () without front blocks
     sites: dict[str, tuple[Any, ...]]  # site -> one forecaster state a stream
-    computed: Tensor  # [T] bool, log: whether the step computed
+    computed: Tensor  # [T] bool, log: whether the step computed; True for steps to come
     signal: Tensor  # [T] float64, log: the signal, NaN where none was measured
 
 
@@ -98,5 +98,5 @@ def human_bytes(count: int) -> str:
 
 
 def fresh_log(steps: int) -> tuple[Tensor, Tensor]:
-    """An empty log: nothing computed, nothing measured."""
-    return torch.zeros(steps, dtype=torch.bool), torch.full((steps,), math.nan, dtype=torch.float64)
+    """An empty log: nothing left out, nothing measured."""
+    return torch.ones(steps, dtype=torch.bool), torch.full((steps,), math.nan, dtype=torch.float64)

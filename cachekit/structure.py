@@ -51,6 +51,7 @@ class Chain:
         there = list(candidates)
         if isinstance(self.blocks, str):
             found = [path for path in there if path.rpartition(".")[0] == self.blocks or path == self.blocks]
+            found = list(dict.fromkeys(found))
             if not found:
                 raise ArgumentError(f"`blocks` {self.blocks!r} names no list of blocks. There are: {lists_of(there)}.")
             return found

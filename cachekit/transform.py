@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class Plan:
     def __str__(self) -> str:
         pattern = "".join("#" if computed else "." for computed in self.computed)
         return f"{sum(self.computed)} of {len(self)} steps computed  {pattern}"
+
+
+class _Trajectory(NamedTuple):
+    timesteps: Tensor  # of its states, which all hold the same tensor
+    names: tuple[str, ...]  # of its sites
+    layout: Layout
+    times: tuple[float, ...]
 
 
 def cache(model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None) -> CachedStep:
@@ -143,6 +150,7 @@ class CachedStep(nn.Module):
         self.shadow = self.opened.shadow
         self._programs = programs
         self._forms: dict[tuple[str, ...], Any] = {}
+        self._known: _Trajectory | None = None
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         found = self.opened.find(args, kwargs, device)
@@ -261,18 +269,20 @@ class CachedStep(nn.Module):
         return self._on_host(state, args, kwargs)
 
     def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
-        layout = self.check_state(state)
+        if not isinstance(state, State):
+            self.check_state(state)
+        known = self._trajectory(state)
         self.opened.follow()
-        index, steps = int(state.step), len(state.timesteps)
+        index, steps = int(state.step), len(known.times)
         if index >= steps:
             raise StateError(
                 f"The state has done all {steps} of its timesteps. Start another trajectory with step.init or "
                 "step.init_like."
             )
-        moment = Moment(index, float(state.timesteps[index]), steps, Sums(math.nan, math.nan))
+        moment = Moment(index, known.times[index], steps, Sums(math.nan, math.nan))
         if self._programs is not None:
             return self._programs.run(self, state, moment, args, kwargs)
-        return self.run_eagerly(layout, state, moment, args, kwargs)
+        return self.run_eagerly(known.layout, state, moment, args, kwargs)
 
     def run_eagerly(
         self, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
@@ -299,7 +309,8 @@ class CachedStep(nn.Module):
         decider = state.decider
         if not self.policy.decider.static:
             decider = self.policy.decider.update(state.decider, moment, computed)
-        at = state.step.reshape(1)
+        # On small models every operator here is felt. A fresh log says "computed" and NaN already.
+        signal = ratio(moment.signal)
         return State(
             step=state.step + 1,
             timesteps=state.timesteps,
@@ -307,8 +318,8 @@ class CachedStep(nn.Module):
             decider=decider,
             reference=residual if computed and residual is not None else state.reference,
             sites={**state.sites, **updated},
-            computed=state.computed.index_fill(0, at, computed),
-            signal=state.signal.index_fill(0, at, ratio(moment.signal)),
+            computed=state.computed if computed else state.computed.index_fill(0, state.step, False),
+            signal=state.signal if math.isnan(signal) else state.signal.index_fill(0, state.step, signal),
         )
 
     def layout(self, names: tuple[str, ...]) -> Layout:
@@ -409,6 +420,15 @@ class CachedStep(nn.Module):
         if self._forms.get(tuple(state.sites), _form_of(state)) != _form_of(state):
             raise StateError(f"`state` was made under another policy than {self.policy.name}. Use its own step.")
         return layout
+
+    def _trajectory(self, state: State) -> _Trajectory:
+        """What the steps of one trajectory have in common, looked up once: they pass the same timesteps on."""
+        known = self._known
+        if known is None or known.timesteps is not state.timesteps or known.names != tuple(state.sites):
+            layout = self.check_state(state)
+            known = _Trajectory(state.timesteps, tuple(state.sites), layout, tuple(state.timesteps.tolist()))
+            self._known = known
+        return known
 
     # Compiling and exporting ---------------------------------------------------------------------------------
 

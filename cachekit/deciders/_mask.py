@@ -42,7 +42,8 @@ def mask(computed: Sequence[bool] | Tensor) -> Decider:
     if not isinstance(entries, list) or not entries:
         raise ArgumentError(f"`mask` must have an entry a step, got {computed!r}.")
     for index, entry in enumerate(entries):
-        if entry not in (0, 1):
+        scalar = not isinstance(entry, (list, tuple, dict)) and (not isinstance(entry, Tensor) or entry.numel() == 1)
+        if not scalar or entry not in (0, 1):
             raise ArgumentTypeError(f"`mask` must hold bools, got {entry!r} at step {index}. True computes.")
     verdicts = torch.tensor([bool(entry) for entry in entries])
 
