@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -245,7 +246,7 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
             if found is not None and spoiled is None:
                 spans.append((*found, piece))
             elif i == leader or stated:
-                raise StructureError(spoiled or _no_stream(record, piece, maps[piece[-1]], by_hand=bool(stated)))
+                raise StructureError(spoiled or _no_stream(record, piece, maps, by_hand=bool(stated)))
             else:
                 left.append(f"{names[i]}: {spoiled or 'no argument is known that its result continues'}")
     if all(span.front for span, _, _ in spans):
@@ -304,16 +305,19 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
     return None
 
 
-def _no_stream(record: Record, positions: Sequence[int], last: Mapping[int, Key], by_hand: bool) -> str:
+def _no_stream(record: Record, positions: Sequence[int], maps: Sequence[Mapping[int, Key]], by_hand: bool) -> str:
     calls = [record.calls[k] for k in positions]
     if by_hand:
-        for before, call in zip(calls, calls[1:], strict=False):
-            if not made_by(before) & {arg.token for _, _, arg in leaves_of(call)}:
+        for n, (before, call) in enumerate(itertools.pairwise(calls)):
+            made = set().union(*(made_by(earlier) for earlier in calls[: n + 1]))
+            strange = [key for key in maps[positions[n + 1]].values() if call.args[key].token not in made]
+            if strange:
                 return (
-                    f"`structure` states {before.path} and {call.path} as one chain, but no argument of {call.path} is "
-                    f"what {before.path} returned: something else happens in between. State two chains."
+                    f"`structure` states {before.path} and {call.path} as one chain, but argument {strange[0]!r} of "
+                    f"{call.path} is not what {before.path} returned: something else happens in between. State two "
+                    "chains."
                 )
-        unnamed = [i for i, out in enumerate(calls[-1].outs) if isinstance(out, Leaf) and i not in last]
+        unnamed = [i for i, out in enumerate(calls[-1].outs) if isinstance(out, Leaf) and i not in maps[positions[-1]]]
         if unnamed:
             return (
                 f"`streams` does not name output {unnamed[0]} of {calls[-1].path}, which is read after the chain. Name "

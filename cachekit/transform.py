@@ -116,7 +116,8 @@ class CachedStep(nn.Module):
 
     It runs as it is (eager), under `torch.compile(step, fullgraph=True)` and `torch.export` (one graph that
     decides inside), and as `step.compile()` (one program an action, the host picks). Use one grad mode for `init`
-    and all steps of a trajectory.
+    and all steps of a trajectory. Flags of the model and patched forwards are followed at every step; inside a graph
+    of your own, from the next `init` on.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class CachedStep(nn.Module):
             ArgumentError, ArgumentTypeError: `timesteps` is no trajectory, or does not fit the policy.
             StructureError: no chain of blocks is found, or the policy has nothing to skip in it.
         """
-        times = trajectory(timesteps)
+        times = trajectory(timesteps).clone()
         found = self._find(args, kwargs, device)
         plan, decider = self._fresh(times)
         sites, reference = {}, ()
@@ -207,7 +208,7 @@ class CachedStep(nn.Module):
             timesteps: of the new trajectory; None for those of `state`.
         """
         self.check_state(state)
-        times = state.timesteps.clone() if timesteps is None else trajectory(timesteps)
+        times = (state.timesteps if timesteps is None else trajectory(timesteps)).clone()
         plan, decider = self._fresh(times)
         computed, signal = fresh_log(len(times))
         fresh = State(

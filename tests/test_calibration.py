@@ -236,3 +236,11 @@ def test_the_published_ratios_of_flux():
     assert flux.steps == len(flux.ratios) == 28
     assert flux.ratios[0] == 1.0 and flux.ratios[1] == 1.21094 and flux.ratios[-1] == 0.89062
     assert torch.equal(torch.tensor(flux.ratios), FLUX_MAG_RATIOS)
+
+
+def test_a_reference_that_is_not_a_number_makes_a_ratio_that_is_none():
+    value, reference = torch.ones(3, 4), torch.ones(3, 4)
+    assert ck.signals.norm_ratio(value, torch.zeros(3, 4)) == (3.0, 3.0)
+    reference[1, 2] = float("nan")
+    assert ck.signals.norm_ratio(value, reference).numerator.isnan()
+    assert ck.signals.norm_ratio(reference, value).numerator.isnan()

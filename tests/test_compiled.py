@@ -104,7 +104,9 @@ def test_one_program_an_action(name, method):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("name", "way"), [("Flux", "programs"), ("Wan", "one graph"), ("SD3", "programs")])
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "programs") for name in CLASSES), ("Flux", "one graph"), ("Wan", "one graph")]
+)
 def test_inductor_equals_eager(name, way):
     sp = specimen(name)
     with torch.no_grad():

@@ -129,6 +129,20 @@ def test_chains_that_name_what_is_not_there(blocks, streams, parts):
         ck.cache(dit.dit(), MASK, ck.Chain(blocks, streams)).init(STEPS, *feed(0))
 
 
+@pytest.mark.parametrize(
+    ("flow", "chains", "parts"),
+    [
+        ("glue", [ck.Chain("blocks", {0: 0, 1: 1})], ["blocks.1 and blocks.2 as one chain", "State two chains"]),
+        ("plain", [ck.Chain("blocks", {0: 0, 1: 1})] * 2, ["states blocks.0 in two chains"]),
+        ("two", [ck.Chain("blocks", {0: 0})], ["does not name output 1 of blocks.3", "{1: ...}"]),
+        ("plain", [ck.Chain(["blocks.1", "blocks.0"], {0: 0})], ["blocks.1, blocks.0, but", "order blocks.0, blocks.1"]),
+    ],
+)
+def test_chains_that_are_none(flow, chains, parts):
+    with refused(ck.CacheError, *parts):
+        ck.cache(dit.dit(flow), MASK, chains).init(STEPS, *feed(0))
+
+
 # Making a policy ----------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +181,7 @@ def test_ratios(ratios, parts):
         (ck.mag_cache, {"ratios": [1.0], "interpolation": "cubic"}, ["`interpolation` must be one of", "'cubic'"]),
         (ck.step_mask, {"mask": []}, ["`mask` must have an entry a step, got []"]),
         (ck.step_mask, {"mask": "1010"}, ["`mask` must be a sequence of bools", "str"]),
+        (ck.step_mask, {"mask": [torch.ones(2)]}, ["`mask` must hold bools, got tensor([1., 1.]) at step 0"]),
         (ck.step_mask, {"mask": [True, 2]}, ["`mask` must hold bools, got 2 at step 1"]),
     ],
 )

@@ -259,6 +259,62 @@ class Writer(nn.Module):
         return x
 
 
+class Keeps(nn.Module):
+    """Reads a tensor again after its blocks have written to it."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.kept, self.blocks = kept, nn.ModuleList((Noter if kept == "note" else Writer)() for _ in range(4))
+        self.embed = nn.Linear(dit.CHANNELS, dit.CHANNELS)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Denoise."""
+        kept = x = self.embed(x)
+        note = torch.zeros(1)
+        for block in self.blocks:
+            x = block(x, note) if self.kept == "note" else block(x)
+        return x * (1 + note) if self.kept == "note" else x + 2 * kept
+
+
+class Noter(Writer):
+    """Writes something into another argument that no residual can bring back."""
+
+    def forward(self, x: Tensor, note: Tensor) -> Tensor:
+        """A new tensor."""
+        note += x.mean()
+        return x + 0.1 * self.mix(x)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("way", ["eager", "one graph", "programs"])
+@pytest.mark.parametrize("policy", [ck.step_mask(MASK), first_block()], ids=["mask", "probe"])
+def test_a_tensor_that_blocks_write_to_is_written_to_by_a_reuse_too(policy, way):
+    model = Keeps("x")
+    step = ck.cache(model, policy)
+    step = step.compile(backend="aot_eager") if way == "programs" else step
+    call = torch.compile(step, fullgraph=True, backend="aot_eager") if way == "one graph" else step
+    first = policy.front
+    with torch.no_grad():
+        state = step.init(STEPS, *feed(0))
+        for index in range(STEPS):
+            out, state = call(state, *feed(index))
+            base = model.embed(feed(index)[0])
+            for block in model.blocks[:first]:
+                base = block(base)
+            if MASK[index]:
+                ran = base.clone()
+                for block in model.blocks[first:]:
+                    ran = block(ran)
+                residual = ran - base
+            torch.testing.assert_close(out, 3 * (base + residual), atol=1e-6, rtol=1e-6)
+
+
+def test_blocks_that_write_to_what_no_forecast_brings_back_are_refused():
+    step = ck.cache(Keeps("note"), ck.step_mask(MASK))
+    with pytest.raises(ck.StructureError, match=r"blocks\.\d .*Noter.* writes to its argument 1, which is read later"):
+        step.init(STEPS, *feed(0))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_model_that_branches_on_data_is_discovered_by_a_real_forward(mode):
     with mode():
