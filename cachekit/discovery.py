@@ -23,9 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
-from cachekit.record import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, Tree
-from cachekit.shadow import PATCHED, shadow, stand_in
-from cachekit.sites import RECORD, BlockSite, framed
+from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Record, TensorSpec, Tree
+from cachekit.shadow import PATCHED, early_paths, shadow, sites_of
+from cachekit.sites import RECORD, framed
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -111,17 +111,15 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
-    sites = {}
-    for path in paths:
-        sites[path] = stand_in(model.get_submodule(path), BlockSite)
-        sites[path].__dict__.update(_path=path, _block=model.get_submodule(path))
+    sites = sites_of(model, paths, early_paths(model, paths))
     recorder = Recorder(_inputs(model, args, kwargs))
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = shadow(model, sites)(*args, **kwargs)
     for leaf in pytree.tree_leaves(out):
         if isinstance(leaf, Tensor):
             recorder.read.add(recorder.token(leaf))
-    return Record(calls=tuple(recorder.calls), read=frozenset(recorder.read), faked=faked)
+    calls, early = tuple(recorder.calls), tuple(recorder.early)
+    return Record(calls=calls, early=early, read=frozenset(recorder.read), faked=faked)
 
 
 def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Tensor]]:
@@ -158,6 +156,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Sequence[Tensor]]) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.early: list[Early] = []
         self.read: set[int] = set()
         self.depth = 0
         self.flops = 0
@@ -285,6 +284,17 @@ class Recorder(TorchDispatchMode):
         self._seen[path] = self._seen.get(path, 0) + 1
         return out
 
+    def beside(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module that is no block and write down what came out."""
+        out = site._block(*args, **kwargs)
+        if not self.depth:
+            leaves, treespec = pytree.tree_flatten(out)
+            tokens = frozenset(self.token(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            self._results |= tokens
+            plain = all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves) and _tuples(out)
+            self.early.append(Early(site._path, len(self.calls), tokens, plain))
+        return out
+
     def _node(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
@@ -297,6 +307,10 @@ class Recorder(TorchDispatchMode):
             self._count += 1
             self._container_tokens[id(value)] = self._count
         return Tree(self._container_tokens[id(value)], treespec, tuple(self._node(leaf) for leaf in leaves))
+
+
+def _tuples(value: Any) -> bool:
+    return type(value) not in (tuple, list) or all(map(_tuples, value)) if not isinstance(value, dict) else False
 
 
 def _set(sets: WeakIdKeyDictionary, tensor: Tensor) -> frozenset:

@@ -72,6 +72,7 @@ class Layout(NamedTuple):
     """Where a policy stands in a model."""
 
     spans: tuple[Span, ...]
+    early: tuple[tuple[str, bool], ...]  # modules called before the probe is through: is the result read after it?
     roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
 
     @property
@@ -260,7 +261,9 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
         if call.path in roles:
             roles[call.path].append(home.get(k, (-1, -1)))
     layout = Layout(
-        spans=tuple(span for span, _, _ in spans), roles={path: tuple(role) for path, role in roles.items()}
+        spans=tuple(span for span, _, _ in spans),
+        early=_early(record, spans[0][2]) if spans[0][0].front else (),
+        roles={path: tuple(role) for path, role in roles.items()},
     )
     return Found(
         layout=layout,
@@ -287,6 +290,14 @@ def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
             raise ArgumentError(f"`structure` states {twice[0]} in two chains. A block belongs to one.")
         chains.append(tuple(calls))
     return chains
+
+
+def _early(record: Record, probe: Sequence[int]) -> tuple[tuple[str, bool], ...]:
+    """What the probe has computed beside the blocks, and whether anything but the probe reads it."""
+    others = (call for k, call in enumerate(record.calls) if k not in probe)
+    read = record.read | {arg.token for call in others for _, _, arg in leaves_of(call)}
+    seen = [early for early in record.early if early.before <= probe[0]]
+    return tuple((early.path, early.plain and bool(early.outs & read)) for early in seen)
 
 
 def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream]) -> str | None:

@@ -16,8 +16,7 @@ from torch.utils import _pytree as pytree
 from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.layout import Found, Layout, lay_out
-from cachekit.shadow import Fingerprint, Follower, block_paths, shadow, shells, stand_in, unwrap
-from cachekit.sites import BlockSite
+from cachekit.shadow import Fingerprint, Follower, block_paths, early_paths, shadow, shells, sites_of, unwrap
 from cachekit.structure import Chain
 
 
@@ -54,9 +53,7 @@ class Opened:
         """Build the shadow. What was found belongs to the modules it was found on, so it goes."""
         paths = block_paths(self.original, self._named)
         blocks = {path: self.original.get_submodule(path) for path in paths}
-        sites = {path: stand_in(block, BlockSite) for path, block in blocks.items()}
-        for path, site in sites.items():
-            site.__dict__.update(_path=path, _block=blocks[path])
+        sites = sites_of(self.original, paths, early_paths(self.original, paths) if self._front else ())
         self.shadow = shadow(self.original, sites)
         self.blocks: dict[str, Callable[..., Any]] = dict(blocks)
         if self._options is not None:

@@ -39,10 +39,10 @@ class Programs:
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
         names = tuple(state.sites)
-        now, sums, residual, carried, seen = step.clock(state), None, None, None, moment
+        now, sums, residual, carried, seen = step.clock(state), None, None, (), moment
         try:
             if step.policy.front:
-                sums, residual, carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
+                sums, residual, *carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
                 moment = moment._replace(signal=numbers(sums))
             computed = step.verdict(state, moment)
             if computed:
@@ -65,12 +65,12 @@ def _probe(step, names, reference, args, kwargs):
     frame = step.frame(PROBE, layout, {}, reference, None)
     run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
-    return torch.stack(frame["sums"]), frame["residual"], frame["carried"]
+    return torch.stack(frame["sums"]), frame["residual"], frame["carried"], frame["early"]
 
 
 def _compute(step, names, sites, carried, now, args, kwargs):
     layout = step.layout(names)
-    frame = step.frame(COMPUTE, layout, sites, None, now, carried)
+    frame = step.frame(COMPUTE, layout, sites, None, now, *carried)
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
     return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] else None
@@ -78,7 +78,7 @@ def _compute(step, names, sites, carried, now, args, kwargs):
 
 def _reuse(step, names, sites, carried, now, args, kwargs):
     layout = step.layout(names)
-    frame = step.frame(REUSE, layout, sites, None, now, carried)
+    frame = step.frame(REUSE, layout, sites, None, now, *carried)
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
     return out

@@ -66,10 +66,20 @@ class Call(NamedTuple):
     flops: int
 
 
+class Early(NamedTuple):
+    """One call of a module beside the blocks: an embedding, a rotary table."""
+
+    path: str
+    before: int  # how many blocks had been called
+    outs: frozenset[int]  # tokens of its results
+    plain: bool  # whether its result is a tensor or tuples and lists of such
+
+
 class Record(NamedTuple):
-    """One forward: the calls in order, and which block outputs anything but a block has read."""
+    """One forward: the calls in order, and which results anything but a block has read."""
 
     calls: tuple[Call, ...]
+    early: tuple[Early, ...]
     read: frozenset[int]  # tokens
     faked: bool  # False where the forward had to be run for real
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from cachekit.sites import BlockSite, EarlySite
+
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -46,6 +48,27 @@ def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
 
     visit(model, "", listed=False)
     return found + [name for name in named if name not in found]
+
+
+def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
+    """Names of the modules that a model calls beside its blocks."""
+    heads = {path.partition(".")[0] for path in blocks}
+    return [
+        name
+        for name, child in model.named_children()
+        if name not in heads and type(child).forward is not nn.Module.forward
+    ]
+
+
+def sites_of(model: nn.Module, blocks: Iterable[str], early: Iterable[str]) -> dict[str, nn.Module]:
+    """A stand-in for each of these modules."""
+    sites = {}
+    for paths, site_class in ((blocks, BlockSite), (early, EarlySite)):
+        for path in paths:
+            module = model.get_submodule(path)
+            sites[path] = stand_in(module, site_class)
+            sites[path].__dict__.update(_path=path, _block=module)
+    return sites
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -375,7 +375,7 @@ class CachedStep(nn.Module):
             signal=state.signal.index_put(at, signal.reshape(1)),
         )
 
-    def frame(self, mode: str, layout: Layout, sites, reference, now, carried=None) -> Frame:
+    def frame(self, mode: str, layout: Layout, sites, reference, now, carried=None, early=None) -> Frame:
         """All that the sites need during one call."""
         policy = self.policy
         return {
@@ -389,6 +389,8 @@ class CachedStep(nn.Module):
             "reference": reference,
             "now": now,
             "carried": carried,
+            "early": early if early is not None else {},
+            "passed": 0,
             "residual": None,
             "compute": None,
             "sums": None,

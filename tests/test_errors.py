@@ -135,7 +135,11 @@ def test_chains_that_name_what_is_not_there(blocks, streams, parts):
         ("glue", [ck.Chain("blocks", {0: 0, 1: 1})], ["blocks.1 and blocks.2 as one chain", "State two chains"]),
         ("plain", [ck.Chain("blocks", {0: 0, 1: 1})] * 2, ["states blocks.0 in two chains"]),
         ("two", [ck.Chain("blocks", {0: 0})], ["does not name output 1 of blocks.3", "{1: ...}"]),
-        ("plain", [ck.Chain(["blocks.1", "blocks.0"], {0: 0})], ["blocks.1, blocks.0, but", "order blocks.0, blocks.1"]),
+        (
+            "plain",
+            [ck.Chain(["blocks.1", "blocks.0"], {0: 0})],
+            ["blocks.1, blocks.0, but", "order blocks.0, blocks.1"],
+        ),
     ],
 )
 def test_chains_that_are_none(flow, chains, parts):
