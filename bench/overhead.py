@@ -3,8 +3,8 @@
 Two models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, and a near-empty
 one, where all that is left is overhead. The rows of a method and an action are measured together with the plain
 model, call by call in turn; a row's figure is the median of its ratios to the plain compiled call of the same round.
-Seconds are for orientation only. Compilation is timed apart, from an empty cache of compiled code. No result is timed before it agrees with what it should
-be.
+Seconds are for orientation only. Compilation is timed apart, from an empty cache of compiled code. No result is timed
+before it agrees with what it should be.
 
     python bench/overhead.py [--rounds 40] [--models medium,small] [--out bench/results]
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import functools
 import json
 import os
 import platform
@@ -147,6 +148,10 @@ def policies(action: str) -> dict[str, tuple[ck.Policy, Any]]:
     }
 
 
+def _one_block(cut, inputs, i: int) -> torch.Tensor:
+    return cut(**inputs[i % len(inputs)])[0]
+
+
 def rows(model, inputs, method: str, action: str) -> list[Row]:
     """All ways of one method and action, side by side with the plain model."""
 
@@ -159,6 +164,15 @@ def rows(model, inputs, method: str, action: str) -> list[Row]:
         Row("plain", "eager", "computed", plain, None),
         Row("plain", "torch.compile", "computed", lambda i: compiled(inputs[i % len(inputs)])[0], plain),
     ]
+    if (method, action) == ("first_block_cache", "skipped"):
+        # What no cache that runs the first block can go below: the model without the other blocks.
+        cut = copy.deepcopy(model)
+        cut.transformer_blocks, cut.single_transformer_blocks = cut.transformer_blocks[:1], torch.nn.ModuleList()
+        alone = torch.compile(lambda kwargs: cut(**kwargs), fullgraph=True)
+        floor = functools.partial(_one_block, cut, inputs)
+        table.append(
+            Row("plain", "first block alone, compiled", action, lambda i: alone(inputs[i % len(inputs)])[0], floor)
+        )
     expected = plain if action == "computed" else None
     ours, theirs = policies(action)[method]
     against = f"{method}, diffusers hooks, eager, {action}"

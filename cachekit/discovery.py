@@ -288,11 +288,10 @@ class Recorder(TorchDispatchMode):
         """Run a module that is no block and write down what came out."""
         out = site._block(*args, **kwargs)
         if not self.depth:
-            leaves, treespec = pytree.tree_flatten(out)
+            leaves = pytree.tree_leaves(out)
             tokens = frozenset(self.token(leaf) for leaf in leaves if isinstance(leaf, Tensor))
             self._results |= tokens
-            plain = all(leaf is None or isinstance(leaf, Tensor) for leaf in leaves) and _tuples(out)
-            self.early.append(Early(site._path, len(self.calls), tokens, plain))
+            self.early.append(Early(site._path, len(self.calls), tokens, _plain(out)))
         return out
 
     def _node(self, value: Any) -> Any:
@@ -309,8 +308,11 @@ class Recorder(TorchDispatchMode):
         return Tree(self._container_tokens[id(value)], treespec, tuple(self._node(leaf) for leaf in leaves))
 
 
-def _tuples(value: Any) -> bool:
-    return type(value) not in (tuple, list) or all(map(_tuples, value)) if not isinstance(value, dict) else False
+def _plain(value: Any) -> bool:
+    """Whether it is made of tensors, None, tuples and lists alone."""
+    if type(value) in (tuple, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, Tensor)
 
 
 def _set(sets: WeakIdKeyDictionary, tensor: Tensor) -> frozenset:

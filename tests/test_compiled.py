@@ -107,6 +107,7 @@ def test_one_program_an_action(name, method):
 @pytest.mark.parametrize(
     ("name", "way"), [*((name, "programs") for name in CLASSES), ("Flux", "one graph"), ("Wan", "one graph")]
 )
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 def test_inductor_equals_eager(name, way):
     sp = specimen(name)
     with torch.no_grad():
