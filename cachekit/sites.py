@@ -98,7 +98,7 @@ class EarlySite:
     def forward(self, *args, **kwargs):
         """What the module returns."""
         stack = _frames.stack
-        frame = stack[-1] if stack else {"mode": EAGER}
+        frame: Frame = stack[-1] if stack else {"mode": EAGER}
         mode = frame["mode"]
         if mode == RECORD:
             return frame["recorder"].beside(self, args, kwargs)
