@@ -115,11 +115,17 @@ def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
     recorder = Recorder(_inputs(model, args, kwargs))
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = shadow(model, sites)(*args, **kwargs)
-    for leaf in pytree.tree_leaves(out):
-        if isinstance(leaf, Tensor):
-            recorder.read.add(recorder.token(leaf))
-    calls, early = tuple(recorder.calls), tuple(recorder.early)
-    return Record(calls=calls, early=early, read=frozenset(recorder.read), faked=faked)
+    leaves, treespec = pytree.tree_flatten(out)
+    outs = tuple(recorder.node(leaf) for leaf in leaves)
+    recorder.read |= {leaf.token for leaf in outs if isinstance(leaf, Leaf)}
+    return Record(
+        calls=tuple(recorder.calls),
+        early=tuple(recorder.early),
+        outs=outs,
+        treespec=treespec,
+        read=frozenset(recorder.read),
+        faked=faked,
+    )
 
 
 def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Tensor]]:
@@ -243,7 +249,7 @@ class Recorder(TorchDispatchMode):
         if self.depth:
             return block(*args, **kwargs)
         given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
-        nodes = {key: self._node(value) for key, value in given.items()}
+        nodes = {key: self.node(value) for key, value in given.items()}
         index, before = len(self.calls), self.flops
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
         for key, value in tensors.items():
@@ -275,7 +281,7 @@ class Recorder(TorchDispatchMode):
                 kind=f"{type(block).__module__}.{type(block).__qualname__}",
                 args=nodes,
                 treespec=treespec,
-                outs=tuple(self._node(leaf) for leaf in leaves),
+                outs=tuple(self.node(leaf) for leaf in leaves),
                 lineage=lineage,
                 mutated=mutated,
                 flops=self.flops - before,
@@ -294,7 +300,8 @@ class Recorder(TorchDispatchMode):
             self.early.append(Early(site._path, len(self.calls), tokens, _plain(out)))
         return out
 
-    def _node(self, value: Any) -> Any:
+    def node(self, value: Any) -> Any:
+        """An argument or result as data."""
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
             return Leaf(self.token(value), self._memory(value), spec, self.labels(value))
@@ -305,7 +312,7 @@ class Recorder(TorchDispatchMode):
             self._containers.append(value)
             self._count += 1
             self._container_tokens[id(value)] = self._count
-        return Tree(self._container_tokens[id(value)], treespec, tuple(self._node(leaf) for leaf in leaves))
+        return Tree(self._container_tokens[id(value)], treespec, tuple(self.node(leaf) for leaf in leaves))
 
 
 def _plain(value: Any) -> bool:

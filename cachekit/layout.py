@@ -68,17 +68,35 @@ class Span(NamedTuple):
         return any(stream.written for stream in self.streams)
 
 
+class Output(NamedTuple):
+    """What the model returns, as a site of its own: on a reuse nothing of the model runs."""
+
+    name: str
+    treespec: Any
+    leaves: tuple[Const | None, ...]  # None where a tensor stands
+    dtypes: tuple[torch.dtype, ...]  # of the tensors
+
+
 class Layout(NamedTuple):
     """Where a policy stands in a model."""
 
     spans: tuple[Span, ...]
+    output: Output | None  # then the spans but the first only keep blocks from running in vain
     early: tuple[tuple[str, bool], ...]  # modules called before the probe is through: is the result read after it?
     roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
 
     @property
-    def sites(self) -> tuple[Span, ...]:
-        """The spans that can be left out."""
+    def sites(self) -> tuple[Span | Output, ...]:
+        """What can be left out, and is remembered."""
+        if self.output is not None:
+            return (self.output,)
         return tuple(span for span in self.spans if not span.front)
+
+    def renamed(self, suffix: str) -> Layout:
+        """The same under other names."""
+        spans = tuple(span._replace(name=span.name + suffix) for span in self.spans)
+        output = self.output and self.output._replace(name=self.output.name + suffix)
+        return self._replace(spans=spans, output=output)
 
 
 class Found(NamedTuple):
@@ -86,6 +104,7 @@ class Found(NamedTuple):
 
     layout: Layout
     residuals: tuple[tuple[TensorSpec, ...], ...]  # of every span, one a stream
+    output: tuple[TensorSpec, ...]  # of the tensors that the model returns
     chains: tuple[str, ...]  # all of them, in the order they run
     leader: str
     reason: str  # why this chain leads
@@ -208,12 +227,25 @@ def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
     return 0
 
 
-def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
+def lay_out(record: Record, front: int, stated: Sequence[Chain] = (), output: bool = False) -> Found:
     """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
+
+    With `output` the site is what the model returns.
 
     Raises:
         StructureError: there is no chain, or nothing to skip in it.
     """
+    if output and not front:
+        return Found(
+            layout=Layout(spans=(), output=_output(record), early=(), roles={}),
+            residuals=(),
+            output=_returned(record),
+            chains=(),
+            leader="none",
+            reason="none is needed",
+            left=(),
+            faked=record.faked,
+        )
     if not record.calls:
         raise StructureError(
             "No block of the model ran: it has no nn.ModuleList of blocks, the forward did not call them, or a patched "
@@ -262,12 +294,14 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = ()) -> Found:
             roles[call.path].append(home.get(k, (-1, -1)))
     layout = Layout(
         spans=tuple(span for span, _, _ in spans),
+        output=_output(record) if output else None,
         early=_early(record, spans[0][2]) if spans[0][0].front else (),
         roles={path: tuple(role) for path, role in roles.items()},
     )
     return Found(
         layout=layout,
         residuals=tuple(residuals for _, residuals, _ in spans),
+        output=_returned(record) if output else (),
         chains=tuple(names),
         leader=names[leader],
         reason=reason,
@@ -290,6 +324,21 @@ def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
             raise ArgumentError(f"`structure` states {twice[0]} in two chains. A block belongs to one.")
         chains.append(tuple(calls))
     return chains
+
+
+def _output(record: Record) -> Output:
+    specs = _returned(record)
+    if not specs:
+        raise StructureError(
+            "The model returns no tensor that could be forecast, or keeps it in a class that torch.utils._pytree does "
+            'not know. Return a tensor, a tuple or a dict, or use sites="chain".'
+        )
+    leaves = tuple(None if isinstance(out, Leaf) else out for out in record.outs)
+    return Output("output", record.treespec, leaves, tuple(spec.dtype for spec in specs))
+
+
+def _returned(record: Record) -> tuple[TensorSpec, ...]:
+    return tuple(out.spec for out in record.outs if isinstance(out, Leaf))
 
 
 def _early(record: Record, probe: Sequence[int]) -> tuple[tuple[str, bool], ...]:

@@ -31,11 +31,18 @@ class Opened:
     """
 
     def __init__(
-        self, model: nn.Module, front: int, stated: Sequence[Chain], block_options: dict[str, Any] | None = None
+        self,
+        model: nn.Module,
+        front: int,
+        stated: Sequence[Chain],
+        block_options: dict[str, Any] | None = None,
+        *,
+        output: bool = False,
     ) -> None:
         self.original = unwrap(model)
         self.layouts: dict[tuple[str, ...], Layout] = {}
         self._front = front
+        self._output = output
         self._stated = stated
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
@@ -76,7 +83,7 @@ class Opened:
             if signature not in self._found:
                 _refuse(self.original)
                 record = discover(self.original, list(self.blocks), args, kwargs, device)
-                self._found[signature] = self._register(lay_out(record, self._front, self._stated))
+                self._found[signature] = self._register(lay_out(record, self._front, self._stated, self._output))
             return self._found[signature]
 
     def _register(self, found: Found) -> Found:
@@ -87,8 +94,7 @@ class Opened:
             if known is layout or known == layout:
                 return found._replace(layout=known)
             version += 1
-            spans = tuple(span._replace(name=f"{span.name}~{version}") for span in found.layout.spans)
-            layout = found.layout._replace(spans=spans)
+            layout = found.layout.renamed(f"~{version}")
 
     def follow(self) -> None:
         """Before a step on the host: take over flags of the model, refuse a module that was replaced.

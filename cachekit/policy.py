@@ -11,6 +11,8 @@ from cachekit.deciders import Decider, Sums
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
 
+SITES = ("chain", "output")
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -26,6 +28,9 @@ class Policy:
             sees the outcome of this step. Without, `value` is the residual of a whole chain and `reference` its
             forecast, and the outcome is only logged.
         front: how many blocks of the leading chain always run, as a probe.
+        sites: what is left out and forecast. "chain": the residual of every chain of blocks, the rest of the model
+            runs. "output": what the model returns, and on a reuse nothing of it runs but the front blocks and what
+            they need.
 
     Raises:
         ArgumentError, ArgumentTypeError: the parts do not fit together.
@@ -47,6 +52,7 @@ class Policy:
     forecaster: Forecaster
     signal: Callable[[Tensor, Tensor], Sums] | None = None
     front: int = 0
+    sites: str = "chain"
 
     def __post_init__(self) -> None:
         if not isinstance(self.decider, Decider):
@@ -60,6 +66,10 @@ class Policy:
             )
         if isinstance(self.front, bool) or not isinstance(self.front, int) or self.front < 0:
             raise ArgumentError(f"`front` must be an int >= 0, got {self.front!r}. It counts blocks.")
+        if self.sites not in SITES:
+            raise ArgumentError(f"`sites` must be one of {', '.join(map(repr, SITES))}, got {self.sites!r}.")
+        if self.sites == "output" and self.signal is not None and not self.front:
+            raise ArgumentError('`signal` is measured on chains; with sites="output" and front=0 give signal=None.')
         if self.front and self.signal is None:
             raise ArgumentError(
                 f"`signal` is None with front={self.front}. Give a signal, e.g. cachekit.signals.change."

@@ -80,6 +80,8 @@ class Record(NamedTuple):
 
     calls: tuple[Call, ...]
     early: tuple[Early, ...]
+    outs: tuple[Any, ...]  # of the model: Leaf or Const, flat
+    treespec: Any  # of what the model returns
     read: frozenset[int]  # tokens
     faked: bool  # False where the forward had to be run for real
 

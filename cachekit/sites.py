@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
-from cachekit.layout import Place, Span, Stream
+from cachekit.layout import Output, Place, Span, Stream
 from cachekit.record import Const, Key
 
 # How a frame is run.
@@ -53,7 +53,7 @@ def run_framed(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> 
     stack = _frames.stack
     stack.append(frame)
     try:
-        return module(*args, **kwargs)
+        return module(*args, **kwargs) if frame["layout"].output is None else _whole(frame, module, args, kwargs)
     finally:
         stack.pop()
 
@@ -61,6 +61,8 @@ def run_framed(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> 
 def check_reached(frame: Frame) -> None:
     """Refuse a forward that went around a site: its answer would be stale, or uncached in silence."""
     counts = frame["counts"]
+    if not frame["entered"]:
+        return
     for path, roles in frame["layout"].roles.items():
         if counts.get(path, 0) != len(roles):
             raise StructureError(
@@ -281,6 +283,8 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     bases = _bases(span, calls)
     if mode == PROBE:
         return None, bases
+    if frame["layout"].output is not None:
+        return _in_vain(frame, span, calls, bases)
     states = frame["sites"][span.name]
     if mode == GRAPH:
         return None, _written(span, calls, _branch(frame, span, calls, states, bases))
@@ -293,6 +297,94 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         frame["updated"][span.name] = _updated(frame, residuals, states)
         return output, values
     return None, _written(span, calls, _forecast(frame, span, bases, states))
+
+
+def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """A span before a site that is the output: its blocks run, or nobody looks at what comes out."""
+    if frame["mode"] == GRAPH:
+        calls = _unaliased(span, calls)
+        for stream in span.streams:
+            if stream.written:
+                _put(calls[0], stream.key, -1, _argument(stream.key, *calls[0]).clone())
+
+        def compute():
+            return tuple(_fresh(value) for value in _values(span, _run(frame, span, calls)))
+
+        def reuse():
+            kinds = zip(span.streams, bases, strict=True)
+            return tuple(_fresh(base.to(stream.dtype)) for stream, base in kinds)
+
+        return None, _written(span, calls, list(torch.cond(frame["compute"], compute, reuse, ())))
+    if frame["mode"] == COMPUTE or frame["compute"]:
+        output = _run(frame, span, calls)
+        return output, _values(span, output)
+    return None, [base.to(stream.dtype) for stream, base in zip(span.streams, bases, strict=True)]
+
+
+def _whole(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The model, or a forecast of what it returns."""
+    mode, output = frame["mode"], frame["layout"].output
+    if mode == PROBE:
+        return module(*args, **kwargs)
+    states = frame["sites"][output.name]
+    if mode == REUSE or (mode == EAGER and frame["compute"] is False and not frame["layout"].spans):
+        frame["entered"] = False
+        return _returned(output, _foreseen(frame, output, states))
+    if mode == GRAPH and not frame["layout"].spans:
+        frame["entered"] = False
+        return _returned(output, _either(frame, module, args, kwargs, states))
+    values = _tensors_of(output, module(*args, **kwargs), states)
+    if mode == GRAPH:
+        fresh, compute = _updated(frame, [value.detach() for value in values], states), frame["compute"]
+        keep = lambda new, old: torch.where(compute.to(old.device), new, old)  # noqa: E731
+        frame["updated"][output.name] = pytree.tree_map(keep, fresh, states)
+        values = [keep(*pair) for pair in zip(values, _foreseen(frame, output, states), strict=True)]
+    elif mode == COMPUTE or frame["compute"]:
+        frame["updated"][output.name] = _updated(frame, [value.detach().contiguous() for value in values], states)
+    else:
+        values = _foreseen(frame, output, states)
+    return _returned(output, values)
+
+
+def _either(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any], states: tuple[Any, ...]) -> list[Tensor]:
+    output = frame["layout"].output
+    leaves, treespec = pytree.tree_flatten(states)
+
+    def compute():
+        values = _tensors_of(output, module(*args, **kwargs), states)
+        updated = pytree.tree_leaves(_updated(frame, [value.detach().contiguous() for value in values], states))
+        return (*(_fresh(value) for value in values), *(leaf.clone() for leaf in updated))
+
+    def reuse():
+        return (*(_fresh(value) for value in _foreseen(frame, output, states)), *(leaf.clone() for leaf in leaves))
+
+    flat = torch.cond(frame["compute"], compute, reuse, ())
+    count = len(output.dtypes)
+    frame["updated"][output.name] = pytree.tree_unflatten(list(flat[count:]), treespec)
+    return list(flat[:count])
+
+
+def _tensors_of(output: Output, out: Any, states: tuple[Any, ...]) -> list[Tensor]:
+    values = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    if len(values) != len(states):
+        raise StructureError(
+            f"The model returns {len(values)} tensors, at init {len(states)}. Make a new state with step.init "
+            "and these arguments."
+        )
+    for value, state, dtype in zip(values, states, output.dtypes, strict=True):
+        check_like(_example(state), value, dtype, output.name)
+    return values
+
+
+def _foreseen(frame: Frame, output: Output, states: tuple[Any, ...]) -> list[Tensor]:
+    predict, now = frame["forecaster"].predict, frame["now"]
+    return [predict(state, now).to(dtype) for state, dtype in zip(states, output.dtypes, strict=True)]
+
+
+def _returned(output: Output, values: list[Tensor]) -> Any:
+    remaining = iter(values)
+    leaves = [next(remaining) if leaf is None else leaf.value for leaf in output.leaves]
+    return _assemble(output.treespec, leaves)
 
 
 def _written(span: Span, calls, values: list[Tensor]) -> list[Tensor]:

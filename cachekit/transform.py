@@ -146,7 +146,7 @@ class CachedStep(nn.Module):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
         self.structure = stated
-        self.opened = Opened(model, policy.front, stated, block_options)
+        self.opened = Opened(model, policy.front, stated, block_options, output=policy.sites == "output")
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
@@ -184,8 +184,11 @@ class CachedStep(nn.Module):
             examples = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in residuals]
             if span.front:
                 reference = examples[span.main]
-            else:
+            elif found.layout.output is None:
                 sites[span.name] = tuple(self.policy.forecaster.init(example) for example in examples)
+        if found.layout.output is not None:
+            examples = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in found.output]
+            sites[found.layout.output.name] = tuple(self.policy.forecaster.init(example) for example in examples)
         computed, signal = fresh_log(len(times))
         state = State(
             step=torch.zeros((), dtype=torch.int64),
@@ -246,11 +249,16 @@ class CachedStep(nn.Module):
         rows.append(f"leading chain: {found.leader} ({found.reason})")
         rows += [f"always runs: {entry}" for entry in found.left]
         rows.append(f"{'site':<58} {'blocks':>6} {'streams':>7} {'state':>10}")
-        for span in found.layout.spans:
+        spans = [span for span in found.layout.spans if span.front or found.layout.output is None]
+        for span in spans:
             held = state.reference if span.front else state.sites[span.name]
             name = f"{span.name} (probe, always runs)" if span.front else span.name
             size = human_bytes(state_bytes(held))
             rows.append(f"{name:<58} {len(span.paths):>6} {1 if span.front else len(span.streams):>7} {size:>10}")
+        if found.layout.output is not None:
+            name = found.layout.output.name
+            held = state.sites[name]
+            rows.append(f"{name:<58} {'-':>6} {len(held):>7} {human_bytes(state_bytes(held)):>10}")
         rows.append(f"total state: {human_bytes(state_bytes(state))} ({state_bytes(state)} bytes)")
         plan = self.plan(timesteps)
         rows.append(f"plan: {plan}" if plan else f"plan: none, decided step by step ({self.policy.decider.name})")
@@ -359,7 +367,7 @@ class CachedStep(nn.Module):
         decider, reference = state.decider, state.reference
         if not policy.decider.static:
             decider = policy.decider.update(state.decider, moment, computed)
-        if layout.spans[0].front:
+        if self.policy.front:
             residual = frame["residual"]
             reference = torch.where(computed.to(residual.device), residual, state.reference)
         at = (state.step.reshape(1),)
@@ -384,6 +392,7 @@ class CachedStep(nn.Module):
             "blocks": self.opened.blocks,
             "forecaster": policy.forecaster,
             "signal": policy.signal,
+            "entered": True,
             "observe": policy.signal is not None and not policy.front,
             "sites": sites,
             "reference": reference,

@@ -128,6 +128,16 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
             for forecaster in (None, taylor)
             for interval in intervals
         ),
+        *(
+            Setting(
+                "step_mask",
+                _detail(f"every {interval}", taylor) + ", output",
+                steps,
+                ck.step_mask([step % interval == 0 for step in range(steps)], forecaster=taylor, sites="output"),
+                True,
+            )
+            for interval in intervals[-2:]
+        ),
     ]
 
 

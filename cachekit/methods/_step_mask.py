@@ -12,14 +12,16 @@ from cachekit.methods._first_block import check_forecaster
 from cachekit.policy import Policy
 
 
-def step_mask(mask: Sequence[bool] | Tensor, *, forecaster: Forecaster | None = None) -> Policy:
-    """Compute at step s iff `mask[s]`; on the others forecast the residual of every chain.
+def step_mask(mask: Sequence[bool] | Tensor, *, forecaster: Forecaster | None = None, sites: str = "chain") -> Policy:
+    """Compute at step s iff `mask[s]`; on the others forecast the residual of every chain, or the model's output.
 
     Step 0 computes whatever the mask says.
 
     Args:
         mask: one bool a step, True to compute, at least as long as the trajectory.
-        forecaster: what to return instead; None repeats the last residual.
+        forecaster: what to return instead; None repeats the last value.
+        sites: "chain" forecasts the residual of every chain of blocks and runs the rest of the model; "output"
+            forecasts what the model returns, and nothing of it runs.
 
     Raises:
         ArgumentError, ArgumentTypeError: the mask is empty, holds no bools, or is shorter than the trajectory.
@@ -34,5 +36,8 @@ def step_mask(mask: Sequence[bool] | Tensor, *, forecaster: Forecaster | None = 
     forecaster = forecaster or forecasters.hold()
     computed = sum(bool(entry) for entry in mask)
     return Policy(
-        name=f"step_mask({computed} of {len(mask)}, {forecaster.name})", decider=decider, forecaster=forecaster
+        name=f"step_mask({computed} of {len(mask)}, {forecaster.name}{', output' if sites == 'output' else ''})",
+        decider=decider,
+        forecaster=forecaster,
+        sites=sites,
     )

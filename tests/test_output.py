@@ -1,0 +1,186 @@
+"""The model's output as the site: on a reuse nothing of the model runs but a probe."""
+
+from __future__ import annotations
+
+import re
+
+import dit
+import pytest
+import torch
+import zoo
+from dit import feed
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+import cachekit as ck
+
+STEPS = 9
+MASK = (1, 0, 1, 1, 0, 0, 1, 0, 0)
+RATIOS = [1.0, 1.2, 1.1, 1.08, 1.06, 1.04, 0.9, 0.95, 1.0]
+DECIDERS = {
+    "mask": (ck.deciders.mask(MASK), 0),
+    "budget": (ck.deciders.max_skips(2, ck.deciders.magnitude_budget(RATIOS, threshold=0.15)), 0),
+    "probe, mask": (ck.deciders.mask(MASK), 1),
+    "drift": (ck.deciders.max_skips(2, ck.deciders.drift(0.3)), 1),
+}
+FORECASTERS = {
+    "hold": (ck.forecasters.hold(), 0),
+    "taylor 1": (ck.forecasters.taylor(1), None),
+    "taylor 2": (ck.forecasters.taylor(2), None),
+    "newton 1": (ck.forecasters.newton(1), 1),
+    "newton 2": (ck.forecasters.newton(2), 2),
+    "newton 3": (ck.forecasters.newton(3), 3),
+}
+
+
+def policy(decider: str = "mask", forecaster: str = "hold") -> ck.Policy:
+    """A row of the grid."""
+    when, front = DECIDERS[decider]
+    signal = ck.signals.change if front else None
+    return ck.Policy("output", when, FORECASTERS[forecaster][0], signal, front, sites="output")
+
+
+@torch.no_grad()
+def run(step, init=None) -> tuple[list[Tensor], ck.State]:
+    """The outputs of a trajectory, and its last state."""
+    state, outputs = (init or step.init)(STEPS, *feed(0)), []
+    for index in range(STEPS):
+        out, state = step(state, *feed(index))
+        outputs.append(out)
+    return outputs, state
+
+
+def polynomial(points: dict[int, Tensor], at: int) -> Tensor:
+    """Lagrange's form of the polynomial through all `points`, float64."""
+    total = torch.zeros_like(next(iter(points.values())), dtype=torch.float64)
+    for i, value in points.items():
+        weight = 1.0
+        for j in points:
+            if j != i:
+                weight *= (at - j) / (i - j)
+        total += weight * value.double()
+    return total
+
+
+def taylor(points: dict[int, Tensor], order: int, at: int) -> Tensor:
+    """Derivatives by differences of successive computed steps, as the paper writes them, float64."""
+    steps, factors = list(points), []
+    for n, step in enumerate(steps):
+        fresh = [points[step].double()]
+        for i in range(min(order, n)):
+            fresh.append((fresh[i] - factors[i]) / (step - steps[n - 1]))
+        factors = fresh
+    offset, total, factorial = at - steps[-1], torch.zeros_like(factors[0]), 1.0
+    for i, factor in enumerate(factors):
+        factorial *= max(i, 1)
+        total += factor * offset**i / factorial
+    return total
+
+
+@pytest.mark.parametrize("forecaster", FORECASTERS)
+@pytest.mark.parametrize("decider", DECIDERS)
+def test_a_reuse_is_the_forecast_of_what_the_model_returned(decider, forecaster):
+    model = dit.dit("two")
+    outputs, state = run(ck.cache(model, policy(decider, forecaster)))
+    computed = ck.summary(state).computed
+    assert {True, False} == set(computed)
+    seen: dict[int, Tensor] = {}
+    for index, out in enumerate(outputs):
+        right = model(*feed(index)).detach()
+        if computed[index]:
+            seen[index] = right
+            assert torch.equal(out, right)
+            continue
+        order = FORECASTERS[forecaster][1]
+        if order is None:
+            wanted = taylor(seen, int(forecaster[-1]), index)
+        else:
+            wanted = polynomial(dict(list(seen.items())[-order - 1 :]), index)
+        torch.testing.assert_close(out.double(), wanted, atol=2e-5, rtol=2e-5)
+        assert not torch.equal(out, right)
+
+
+@pytest.mark.parametrize("decider", DECIDERS)
+def test_nothing_of_the_model_runs_on_a_reuse_but_the_probe(decider):
+    model = dit.dit("two")
+    ran = []
+    for name, module in model.named_modules():
+        if name.count(".") <= 1:
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    step = ck.cache(model, policy(decider))
+    with torch.no_grad():
+        state = step.init(STEPS, *feed(0))
+        for index in range(STEPS):
+            ran.clear()
+            _, state = step(state, *feed(index))
+            blocks = {name for name in ran if re.fullmatch(r"(blocks|single)\.\d", name)}
+            if ck.summary(state).computed[index]:
+                assert len(blocks) == len(model.blocks) + len(model.single)
+            else:
+                assert blocks == ({"blocks.0"} if DECIDERS[decider][1] else set())
+                assert DECIDERS[decider][1] or not ran
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("forecaster", ["hold", "newton 2"])
+@pytest.mark.parametrize("decider", DECIDERS)
+def test_every_way_to_run_is_the_same(decider, forecaster):
+    step = ck.cache(dit.dit("two"), policy(decider, forecaster))
+    wanted, end = run(step)
+    for way, graphs in (("one graph", 1), ("programs", 2 + bool(DECIDERS[decider][1]))):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = step.compile(backend="aot_eager") if way == "programs" else None
+        call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            outputs, state = run(call, (compiled or step).init)
+            for one, other in zip(outputs, wanted, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+            assert ck.summary(state).computed == ck.summary(end).computed
+            torch.testing.assert_close(state.signal, end.signal, equal_nan=True)
+            assert pytree.tree_structure(state) == pytree.tree_structure(end)
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("decider", DECIDERS)
+def test_bytes_said_are_bytes_held(decider):
+    step = ck.cache(dit.dit("two"), policy(decider, "newton 2"))
+    said = re.search(r"total state: .* \((\d+) bytes\)", step.explain(STEPS, *feed(0)))
+    _, state = run(step)
+    assert int(said[1]) == ck.summary(state).state_bytes
+    assert list(state.sites) == ["output"]
+
+
+# What two of the models say of themselves, cached or not.
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
+@pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_every_class_of_the_zoo(name):
+    specimen = zoo.specimen(name)
+    with torch.no_grad():
+        step = ck.cache(specimen.model, ck.step_mask([1, 0, 1], sites="output"))
+        state, outputs = step.init(3, **specimen.inputs(0)), []
+        for index in range(3):
+            out, state = step(state, **specimen.inputs(index))
+            outputs.append(out)
+        right = [specimen.model(**specimen.inputs(index)) for index in (0, 2)]
+    assert type(outputs[1]) is type(right[0])
+    for out, wanted in zip(outputs, (right[0], right[0], right[1]), strict=True):
+        ours, theirs = pytree.tree_leaves(out), pytree.tree_leaves(wanted)
+        assert len(ours) == len(theirs) > 0
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(b, Tensor))
+
+
+def test_what_is_no_site():
+    with pytest.raises(ck.ArgumentError, match=r"`sites` must be one of 'chain', 'output', got 'blocks'"):
+        ck.step_mask([1, 0], sites="blocks")
+    with pytest.raises(ck.ArgumentError, match=r"`signal` is measured on chains"):
+        ck.Policy("x", ck.deciders.always(), ck.forecasters.hold(), ck.signals.change, sites="output")
+    step = ck.cache(dit.dit("two"), policy())
+    with torch.no_grad():
+        _, state = step(step.init(STEPS, *feed(0)), *feed(0))
+        _, state = step(state, *feed(1))
+        with pytest.raises(ck.StateError, match=r"At output the state holds .*make a new state with step\.init"):
+            step(state, *feed(2, batch=3))
