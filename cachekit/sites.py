@@ -327,7 +327,7 @@ def _whole(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     if mode == PROBE:
         return module(*args, **kwargs)
     states = frame["sites"][output.name]
-    if mode == REUSE or (mode == EAGER and frame["compute"] is False and not frame["layout"].spans):
+    if mode == REUSE or (mode == EAGER and not frame["layout"].spans and not frame["compute"]):
         frame["entered"] = False
         return _returned(output, _foreseen(frame, output, states))
     if mode == GRAPH and not frame["layout"].spans:
@@ -335,10 +335,14 @@ def _whole(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return _returned(output, _either(frame, module, args, kwargs, states))
     values = _tensors_of(output, module(*args, **kwargs), states)
     if mode == GRAPH:
-        fresh, compute = _updated(frame, [value.detach() for value in values], states), frame["compute"]
-        keep = lambda new, old: torch.where(compute.to(old.device), new, old)  # noqa: E731
-        frame["updated"][output.name] = pytree.tree_map(keep, fresh, states)
-        values = [keep(*pair) for pair in zip(values, _foreseen(frame, output, states), strict=True)]
+        decided: Tensor = frame["compute"]
+
+        def choose(computed: Tensor, other: Tensor) -> Tensor:
+            return torch.where(decided.to(other.device), computed, other)
+
+        fresh = _updated(frame, [value.detach() for value in values], states)
+        frame["updated"][output.name] = pytree.tree_map(choose, fresh, states)
+        values = [choose(*pair) for pair in zip(values, _foreseen(frame, output, states), strict=True)]
     elif mode == COMPUTE or frame["compute"]:
         frame["updated"][output.name] = _updated(frame, [value.detach().contiguous() for value in values], states)
     else:
