@@ -59,13 +59,14 @@ class Span(NamedTuple):
     treespecs: tuple[Any, ...]  # of the blocks' results
     streams: tuple[Stream, ...]
     main: int  # which stream carries the denoised tokens
+    writes: tuple[Place, ...]  # tensors from outside that a block writes to
     aliases: tuple[tuple[Place, ...], ...]  # tensors that share memory with another one, each with all its places
     front: bool  # always run, as the probe
 
     @property
     def mutated(self) -> bool:
-        """Whether a block writes to a stream it was given."""
-        return any(stream.written for stream in self.streams)
+        """Whether a block writes to what the span was given."""
+        return bool(self.writes)
 
 
 class Output(NamedTuple):
@@ -156,6 +157,12 @@ def span_of(
         treespecs=tuple(call.treespec for call in members),
         streams=tuple(stream for stream, _ in found),
         main=_main([stream for stream, _ in found], members[0], prefer),
+        writes=tuple(
+            Place(n, key, -1)
+            for n, call in enumerate(members)
+            for key in call.mutated
+            if not any(link.key == key for link in links[n])
+        ),
         aliases=_aliases(members, links),
         front=front,
     )

@@ -231,6 +231,20 @@ def _at_place(place: Place, calls: list[tuple[Any, dict[str, Any]]]) -> Any:
     return value if place.leaf < 0 else pytree.tree_leaves(value)[place.leaf]
 
 
+def _own(span: Span, calls: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """The arguments with copies where a block writes: a branch must not write to what comes from outside."""
+    if not span.writes:
+        return calls
+    free: list[tuple[Any, dict[str, Any]]] = [(list(args), dict(kwargs)) for args, kwargs in calls]
+    copies: list[tuple[Tensor, Tensor]] = []
+    for place in span.writes:
+        value = _at_place(place, calls)
+        known = [copy for given, copy in copies if given is value]
+        copies.append((value, known[0] if known else value.clone()))
+        _put(free[place.member], place.key, place.leaf, copies[-1][1])
+    return free
+
+
 def _put(call: tuple[list, dict], key: Key, leaf: int, value: Any) -> None:
     holder: Any = call[0] if isinstance(key, int) else call[1]
     if leaf >= 0:
@@ -303,12 +317,9 @@ def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any,
     """A span before a site that is the output: its blocks run, or nobody looks at what comes out."""
     if frame["mode"] == GRAPH:
         calls = _unaliased(span, calls)
-        for stream in span.streams:
-            if stream.written:
-                _put(calls[0], stream.key, -1, _argument(stream.key, *calls[0]).clone())
 
         def compute():
-            return tuple(_fresh(value) for value in _values(span, _run(frame, span, calls)))
+            return tuple(_fresh(value) for value in _values(span, _run(frame, span, _own(span, calls))))
 
         def reuse():
             kinds = zip(span.streams, bases, strict=True)
@@ -451,14 +462,13 @@ def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: lis
     streams = len(span.streams)
     if span.aliases or span.mutated:
         calls = _unaliased(span, calls)
-        for stream in span.streams:
-            if stream.written:  # a branch must not write to what comes from outside
-                _put(calls[0], stream.key, -1, _argument(stream.key, *calls[0]).clone())
         bases = _bases(span, calls)
+    for stream, base, state in zip(span.streams, bases, states, strict=True):
+        _check_base(span, stream, base, state)  # before the branches: not every compiler hands on what they raise
     observe = frame["observe"]
 
     def compute():
-        values = _values(span, _run(frame, span, calls))
+        values = _values(span, _run(frame, span, _own(span, calls)))
         residuals = _residuals(span, values, bases, states)
         updated = pytree.tree_leaves(_updated(frame, residuals, states))
         sums = _observed(frame, span, residuals, states) if observe else ()

@@ -271,7 +271,8 @@ def test_scores_are_consistent(output):
 
 def test_results_say_how_they_came_about(output):
     assert output.results["seed"] == 3 and output.results["short"] is True
-    assert output.results["versions"]["torch"] == torch.__version__
+    # Without the build's own suffix in some installations.
+    assert torch.__version__.startswith(output.results["versions"]["torch"])
     assert output.results["versions"]["cachekit"] == ck.__version__
 
 
