@@ -111,21 +111,44 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
-    sites = sites_of(model, paths, early_paths(model, paths))
+    beside = early_paths(model, paths)
+    sites = sites_of(model, paths, beside)
     recorder = Recorder(_inputs(model, args, kwargs))
+    held = _held(model, args, kwargs)
+    before = {path: _attributes(model, sites, path) for path in beside}
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = shadow(model, sites)(*args, **kwargs)
     leaves, treespec = pytree.tree_flatten(out)
     outs = tuple(recorder.node(leaf) for leaf in leaves)
+    untouched = {path for path in beside if _attributes(model, sites, path) == before[path]}
+    early = tuple(
+        call._replace(pure=pure and call.path in untouched)
+        for call, pure in zip(recorder.early, recorder.untouched(), strict=True)
+    )
     recorder.read |= {leaf.token for leaf in outs if isinstance(leaf, Leaf)}
     return Record(
         calls=tuple(recorder.calls),
-        early=tuple(recorder.early),
+        early=early,
         outs=outs,
         treespec=treespec,
         read=frozenset(recorder.read),
+        written=next((name for name, (tensor, version) in held.items() if _version(tensor) != version), None),
         faked=faked,
     )
+
+
+def _held(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:
+    """The tensors that outlive a call, each with its version."""
+    given = {f"argument {name!r}": value for name, value in (*enumerate(args), *kwargs.items())}
+    tensors = {name: leaf for name, value in given.items() for leaf in pytree.tree_leaves(value)}
+    tensors.update({f"buffer {name!r}": buffer for name, buffer in model.named_buffers()})
+    return {name: (tensor, _version(tensor)) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def _attributes(model: nn.Module, sites: Mapping[str, nn.Module], path: str) -> list[tuple[str, int]]:
+    """What a module and its stand-in hold, by identity."""
+    holders = (model.get_submodule(path), sites[path])
+    return [(name, id(value)) for holder in holders for name, value in vars(holder).items()]
 
 
 def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Tensor]]:
@@ -163,6 +186,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.early: list[Early] = []
+        self._returned: list[list[tuple[Tensor, int]]] = []  # of every early call, its results and their versions
+        self._dirty: dict[int, dict[int, int]] = {}  # memory -> tensors that blocks wrote to -> token after that
         self.read: set[int] = set()
         self.depth = 0
         self.flops = 0
@@ -211,6 +236,8 @@ class Recorder(TorchDispatchMode):
                 token = self._tokens.get(tensor)
                 if token in self._results:
                     self.read.add(token)
+                if self._dirty:  # seen through another view of the same memory
+                    self.read.update(self._dirty.get(self._memory(tensor), {}).values())
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         labels = frozenset().union(*(self.labels(tensor) for tensor in inputs))
         lineage = self._carried(func, inputs)
@@ -255,6 +282,7 @@ class Recorder(TorchDispatchMode):
         for key, value in tensors.items():
             self._lineage[value] = frozenset({(index, key)})
         versions = {key: _version(value) for key, value in tensors.items()}
+        lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
         self.depth += 1
         try:
             out = block(*args, **kwargs)
@@ -266,6 +294,12 @@ class Recorder(TorchDispatchMode):
                 self._count += 1
                 mutated[key] = self._tokens[value] = self._count
                 self._results.add(self._count)
+                self._dirty.setdefault(self._memory(value), {})[id(value)] = self._count
+        for key, length in lengths.items():
+            if len(given[key]) != length:  # what a list collects nobody forecasts
+                self._count += 1
+                mutated[key] = self._count
+                self.read.add(self._count)
         leaves, treespec = pytree.tree_flatten(out)
         lineage = {}
         for i, leaf in enumerate(leaves):
@@ -292,13 +326,25 @@ class Recorder(TorchDispatchMode):
 
     def beside(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module that is no block and write down what came out."""
+        if self.depth:
+            return site._block(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [_version(tensor) for tensor in given]
         out = site._block(*args, **kwargs)
-        if not self.depth:
-            leaves = pytree.tree_leaves(out)
-            tokens = frozenset(self.token(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-            self._results |= tokens
-            self.early.append(Early(site._path, len(self.calls), tokens, _plain(out)))
+        results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        old = {_storage(tensor) for tensor in (*given, *site._block.parameters(), *site._block.buffers())}
+        fresh = not any(_storage(tensor) in old for tensor in results)
+        pure = fresh and _plain(out) and versions == [_version(tensor) for tensor in given]
+        tokens = frozenset(self.token(tensor) for tensor in results)
+        self._results |= tokens
+        self.early.append(Early(site._path, len(self.calls), tokens, pure))
+        self._returned.append([(tensor, _version(tensor)) for tensor in results])
         return out
+
+    def untouched(self) -> list[bool]:
+        """For every early call, whether it is pure and its results have not been written to since."""
+        same = [all(_version(tensor) == version for tensor, version in results) for results in self._returned]
+        return [call.pure and kept for call, kept in zip(self.early, same, strict=True)]
 
     def node(self, value: Any) -> Any:
         """An argument or result as data."""

@@ -83,7 +83,8 @@ class Layout(NamedTuple):
 
     spans: tuple[Span, ...]
     output: Output | None  # then the spans but the first only keep blocks from running in vain
-    early: tuple[tuple[str, bool], ...]  # modules called before the probe is through: is the result read after it?
+    early: tuple[str, ...]  # modules whose results, computed with the probe, need not be computed again after it
+    written: str | None  # an argument or buffer of the model that its forward writes to
     roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
 
     @property
@@ -244,7 +245,7 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = (), output: bo
     """
     if output and not front:
         return Found(
-            layout=Layout(spans=(), output=_output(record), early=(), roles={}),
+            layout=Layout(spans=(), output=_output(record), early=(), written=None, roles={}),
             residuals=(),
             output=_returned(record),
             chains=(),
@@ -303,6 +304,7 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = (), output: bo
         spans=tuple(span for span, _, _ in spans),
         output=_output(record) if output else None,
         early=_early(record, spans[0][2]) if spans[0][0].front else (),
+        written=record.written,
         roles={path: tuple(role) for path, role in roles.items()},
     )
     return Found(
@@ -348,12 +350,16 @@ def _returned(record: Record) -> tuple[TensorSpec, ...]:
     return tuple(out.spec for out in record.outs if isinstance(out, Leaf))
 
 
-def _early(record: Record, probe: Sequence[int]) -> tuple[tuple[str, bool], ...]:
-    """What the probe has computed beside the blocks, and whether anything but the probe reads it."""
+def _early(record: Record, probe: Sequence[int]) -> tuple[str, ...]:
+    """The modules called once, before the probe, whose results anything but the probe reads."""
     others = (call for k, call in enumerate(record.calls) if k not in probe)
     read = record.read | {arg.token for call in others for _, _, arg in leaves_of(call)}
-    seen = [early for early in record.early if early.before <= probe[0]]
-    return tuple((early.path, early.plain and bool(early.outs & read)) for early in seen)
+    paths = [early.path for early in record.early]
+    return tuple(
+        early.path
+        for early in record.early
+        if early.before <= probe[0] and early.pure and early.outs & read and paths.count(early.path) == 1
+    )
 
 
 def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream]) -> str | None:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.layout import Found, Layout, lay_out
-from cachekit.shadow import Fingerprint, Follower, block_paths, early_paths, shadow, shells, sites_of, unwrap
+from cachekit.shadow import Fingerprint, Follower, block_paths, shadow, shells, sites_of, take_over, unwrap
 from cachekit.structure import Chain
 
 
@@ -60,11 +60,12 @@ class Opened:
         """Build the shadow. What was found belongs to the modules it was found on, so it goes."""
         paths = block_paths(self.original, self._named)
         blocks = {path: self.original.get_submodule(path) for path in paths}
-        sites = sites_of(self.original, paths, early_paths(self.original, paths) if self._front else ())
+        sites = sites_of(self.original, paths, ())
         self.shadow = shadow(self.original, sites)
         self.blocks: dict[str, Callable[..., Any]] = dict(blocks)
         if self._options is not None:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in blocks.items()}
+        self._sites = sites
         pairs = shells(self.original, self.shadow, sites)
         self._refresh = Follower(pairs)
         self._fingerprint = Fingerprint(self.original)
@@ -84,6 +85,11 @@ class Opened:
                 _refuse(self.original)
                 record = discover(self.original, list(self.blocks), args, kwargs, device)
                 self._found[signature] = self._register(lay_out(record, self._front, self._stated, self._output))
+                early = [path for path in self._found[signature].layout.early if path not in self._sites]
+                for path, site in sites_of(self.original, (), early).items():
+                    self._sites[path] = self.shadow._modules[path] = site
+            for site in self._sites.values():
+                take_over(site)
             return self._found[signature]
 
     def _register(self, found: Found) -> Found:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cachekit.deciders import Moment, Sums
-from cachekit.errors import CacheError
+from cachekit.errors import CacheError, StructureError
 from cachekit.sites import COMPUTE, PROBE, REUSE, check_reached, run_framed
 from cachekit.state import State
 
@@ -39,6 +39,12 @@ class Programs:
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
         names = tuple(state.sites)
+        written = step.layout(names).written
+        if step.policy.front and written is not None:
+            raise StructureError(
+                f"The model's forward writes to its {written} in place, and a compiled step with a probe runs the "
+                "forward twice. Use torch.compile(step, fullgraph=True), or let the forward write to a copy."
+            )
         now, sums, residual, carried, seen = step.clock(state), None, None, (), moment
         try:
             if step.policy.front:

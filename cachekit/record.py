@@ -72,7 +72,7 @@ class Early(NamedTuple):
     path: str
     before: int  # how many blocks had been called
     outs: frozenset[int]  # tokens of its results
-    plain: bool  # whether its result is a tensor or tuples and lists of such
+    pure: bool  # whether nothing shows but new tensors that are never written to
 
 
 class Record(NamedTuple):
@@ -83,6 +83,7 @@ class Record(NamedTuple):
     outs: tuple[Any, ...]  # of the model: Leaf or Const, flat
     treespec: Any  # of what the model returns
     read: frozenset[int]  # tokens
+    written: str | None  # an argument or buffer of the model that its forward writes to
     faked: bool  # False where the forward had to be run for real
 
 

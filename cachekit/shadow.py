@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from cachekit.sites import BlockSite, EarlySite
@@ -56,7 +57,9 @@ def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if name not in heads and type(child).forward is not nn.Module.forward
+        if name not in heads
+        and type(child).forward is not nn.Module.forward
+        and not isinstance(child, torch.jit.ScriptModule)
     ]
 
 
@@ -67,7 +70,7 @@ def sites_of(model: nn.Module, blocks: Iterable[str], early: Iterable[str]) -> d
         for path in paths:
             module = model.get_submodule(path)
             sites[path] = stand_in(module, site_class)
-            sites[path].__dict__.update(_path=path, _block=module)
+            sites[path].__dict__["_path"] = path
     return sites
 
 
@@ -134,13 +137,19 @@ def _patch(source: nn.Module, target: nn.Module) -> None:
 def stand_in(block: nn.Module, site_class: type) -> nn.Module:
     """A module that looks like `block` (class, attributes, parameters, children) and acts as `site_class`."""
     site = object.__new__(_site_type(type(block), site_class))
-    site.__dict__.update(block.__dict__)
+    site.__dict__["_block"] = block
     for name in HOOKS:
         site.__dict__[name] = OrderedDict()
     site.__dict__["_compiled_call_impl"] = None
-    for name in PATCHED:
-        site.__dict__.pop(name, None)
+    take_over(site)
     return site
+
+
+def take_over(site: nn.Module) -> None:
+    """Let a stand-in have the attributes that its block has by now."""
+    kept = (*HOOKS, *PATCHED, "_path", "_block", "_compiled_call_impl")
+    block: nn.Module = site.__dict__["_block"]
+    site.__dict__.update({name: value for name, value in block.__dict__.items() if name not in kept})
 
 
 @functools.cache
@@ -197,7 +206,7 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._children = [module._modules for module in model.modules() if module._modules]
+        self._children = [module._modules for module in model.modules()]
         self._paths = {module: path for path, module in model.named_modules()}
         self._before = self._now()
 

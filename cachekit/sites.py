@@ -104,22 +104,12 @@ class EarlySite:
         mode = frame["mode"]
         if mode == RECORD:
             return frame["recorder"].beside(self, args, kwargs)
-        if mode not in (PROBE, COMPUTE, REUSE):
-            return self._block(*args, **kwargs)
-        expected, nth = frame["layout"].early, frame["passed"]
-        frame["passed"] = nth + 1
-        if nth >= len(expected) or expected[nth] != (self._path, True):
-            return self._block(*args, **kwargs)
-        # Copies, because whoever gets the result may write to it; a compiler leaves out what is not needed.
-        if mode == PROBE:
-            out = self._block(*args, **kwargs)
-            frame["early"][nth] = _copied(out)
-            return out
-        return _copied(frame["early"][nth]) if nth in frame["early"] else self._block(*args, **kwargs)
-
-
-def _copied(value: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf if leaf is None else leaf.clone(), value)
+        if mode in (COMPUTE, REUSE) and self._path in frame["early"]:
+            return frame["early"][self._path]
+        out = self._block(*args, **kwargs)
+        if mode == PROBE and self._path in frame["layout"].early:
+            frame["early"][self._path] = out
+        return out
 
 
 def _at(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:

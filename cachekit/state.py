@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from cachekit.errors import ArgumentTypeError
+
 
 class State(NamedTuple):
     """Everything a trajectory remembers. Two prompts, two guidance branches, two requests are two states.
@@ -25,6 +27,10 @@ class State(NamedTuple):
     sites: dict[str, tuple[Any, ...]]  # site -> one forecaster state a stream
     computed: Tensor  # [T] bool, log: whether the step computed; True for steps to come
     signal: Tensor  # [T] float64, log: the signal, NaN where none was measured
+
+
+# A saved state is read by torch.load as it is, without weights_only=False.
+torch.serialization.add_safe_globals([State])
 
 
 class Summary(NamedTuple):
@@ -71,6 +77,8 @@ def summary(state: State) -> Summary:
         >>> ck.summary(state).computed
         (True, False, True)
     """
+    if not isinstance(state, State):
+        raise ArgumentTypeError(f"`state` must be a cachekit State, got {type(state).__name__}. step.init makes one.")
     done = int(state.step)
     return Summary(
         computed=tuple(state.computed.tolist()[:done]),

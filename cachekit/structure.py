@@ -156,7 +156,7 @@ def _continued(k, chains, record: Record, maps, cuts) -> list[int] | None:
         members = [record.calls[j] for j in chain]
         made = set().union(*(made_by(member) for member in members))
         last = made_by(members[-1])
-        if streams and streams <= made and streams & last and chain[-1] not in cuts:
+        if maps[chain[0]] and streams and streams <= made and streams & last and chain[-1] not in cuts:
             return chain
     return None
 

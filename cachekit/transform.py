@@ -399,7 +399,6 @@ class CachedStep(nn.Module):
             "now": now,
             "carried": carried,
             "early": early if early is not None else {},
-            "passed": 0,
             "residual": None,
             "compute": None,
             "sums": None,

@@ -369,3 +369,29 @@ def test_one_graph_fails_rather_than_being_wrong(policy):
         whole(elsewhere, *feed(1))
     out, _ = whole(state, *feed(1))
     assert torch.equal(out, step(state, *feed(1))[0])
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Twice the weight."""
+        return 2 * weight
+
+
+@pytest.mark.parametrize("name", ["blocks.1.modulate", "patch"])
+def test_a_parametrization_in_between_raises_and_the_next_init_takes_it_up(name):
+    model = dit.dit()
+    step = ck.cache(model, MASK)
+    state = walked(step, step.init(STEPS, *feed(0)), 1)
+    nn.utils.parametrize.register_parametrization(model.get_submodule(name), "weight", Twice())
+    with refused(ck.StructureError, "was added, removed or replaced since init", "step.init"):
+        step(state, *feed(1))
+    with torch.no_grad():
+        out, _ = step(step.init(STEPS, *feed(0)), *feed(0))
+        assert torch.equal(out, model(*feed(0)))
+
+
+def test_a_summary_of_no_state():
+    with refused(ck.ArgumentTypeError, "`state` must be a cachekit State, got NoneType", "step.init"):
+        ck.summary(None)

@@ -17,6 +17,9 @@ class SkipsState(NamedTuple):
     inner: Any  # state of the wrapped decider
 
 
+torch.serialization.add_safe_globals([SkipsState])
+
+
 def always() -> Decider:
     """Compute every step."""
     return Decider(

@@ -24,6 +24,9 @@ class MagnitudeState(NamedTuple):
     skips: Tensor  # [] int64, steps counted since then
 
 
+torch.serialization.add_safe_globals([MagnitudeState])
+
+
 def magnitude_budget(
     ratios: Sequence[float] | Tensor,
     *,

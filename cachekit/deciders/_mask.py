@@ -18,6 +18,9 @@ class MaskState(NamedTuple):
     computed: Tensor  # [T] bool
 
 
+torch.serialization.add_safe_globals([MaskState])
+
+
 def mask(computed: Sequence[bool] | Tensor) -> Decider:
     """Compute at step s iff `computed[s]`.
 
@@ -40,7 +43,7 @@ def mask(computed: Sequence[bool] | Tensor) -> Decider:
         )
     entries = computed.tolist() if isinstance(computed, Tensor) else list(computed)
     if not isinstance(entries, list) or not entries:
-        raise ArgumentError(f"`mask` must have an entry a step, got {computed!r}.")
+        raise ArgumentError(f"`mask` must have an entry a step, got {computed!r}. Pass e.g. [1, 0, 0, 1].")
     for index, entry in enumerate(entries):
         scalar = not isinstance(entry, (list, tuple, dict)) and (not isinstance(entry, Tensor) or entry.numel() == 1)
         if not scalar or entry not in (0, 1):

@@ -16,6 +16,9 @@ class HoldState(NamedTuple):
     value: Tensor  # [...], as last computed
 
 
+torch.serialization.add_safe_globals([HoldState])
+
+
 def hold() -> Forecaster:
     """The last computed value, unchanged: one tensor of state a site."""
     return Forecaster(

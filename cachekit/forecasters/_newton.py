@@ -19,6 +19,9 @@ class NewtonState(NamedTuple):
     like: Tensor  # [0], carries the dtype of the values
 
 
+torch.serialization.add_safe_globals([NewtonState])
+
+
 def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     """The polynomial through the last `order + 1` computed values, on whatever steps they fell.
 

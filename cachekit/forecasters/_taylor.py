@@ -19,6 +19,9 @@ class TaylorState(NamedTuple):
     like: Tensor  # [0], carries the dtype of the values
 
 
+torch.serialization.add_safe_globals([TaylorState])
+
+
 def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     """The Taylor sum `sum_i f_i k^i / i!`, k steps after the last computed one.
 
