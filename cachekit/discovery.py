@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
 from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Record, TensorSpec, Tree
-from cachekit.shadow import PATCHED, early_paths, shadow, sites_of
+from cachekit.shadow import PATCHED, early_paths, shadow, sites_of, take_over
 from cachekit.sites import RECORD, framed
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
@@ -283,11 +283,17 @@ class Recorder(TorchDispatchMode):
             self._lineage[value] = frozenset({(index, key)})
         versions = {key: _version(value) for key, value in tensors.items()}
         lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
+        held = dict(vars(block))
         self.depth += 1
         try:
             out = block(*args, **kwargs)
         finally:
             self.depth -= 1
+        attributes = {name: value for name, value in vars(block).items() if held.get(name) is not value}
+        if attributes:
+            take_over(site)
+        left = {name: self.token(value) for name, value in attributes.items() if isinstance(value, Tensor)}
+        self._results.update(left.values())
         mutated = {}
         for key, value in tensors.items():
             if _version(value) != versions[key]:
@@ -318,6 +324,7 @@ class Recorder(TorchDispatchMode):
                 outs=tuple(self.node(leaf) for leaf in leaves),
                 lineage=lineage,
                 mutated=mutated,
+                attributes=left,
                 flops=self.flops - before,
             )
         )

@@ -369,11 +369,13 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
     ends = {record.calls[positions[-1]].outs[stream.leaf].token for stream in streams}
     for k in positions:
         call = record.calls[k]
-        for key, token in call.mutated.items():
+        written = [(f"argument {key!r}", token) for key, token in call.mutated.items()]
+        written += [(f"attribute {name!r}", token) for name, token in call.attributes.items()]
+        for what, token in written:
             if token in read and token not in ends:
                 return (
-                    f"{call.path} ({call.kind}) writes to its argument {key!r}, which is read later, so a step that "
-                    "leaves the block out would go wrong. Let it write to a copy."
+                    f"{call.path} ({call.kind}) writes to its {what}, which is read later, so a step that leaves the "
+                    "block out would go wrong. Let it write to a copy, or return it."
                 )
     return None
 

@@ -63,6 +63,7 @@ class Call(NamedTuple):
     outs: tuple[Any, ...]  # Leaf or Const, flat
     lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
     mutated: dict[Key, int]  # arguments it wrote to, and the token each has after that
+    attributes: dict[str, int]  # tensors it left on itself, and the token of each
     flops: int
 
 

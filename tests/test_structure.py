@@ -533,6 +533,10 @@ class Views(nn.Module):
             for block in self.blocks:
                 left, right = block(left, right)
             return x + left.mean()
+        if self.kind == "attribute":
+            for block in self.blocks:
+                x = block(x, None)
+            return x + sum(block.added for block in self.blocks)
         seen: list[Tensor] = []
         for block in self.blocks:
             x = block(x, seen if self.kind == "list" else None)
@@ -554,15 +558,16 @@ class Collects(Writer):
 
     def forward(self, x: Tensor, seen: list | None) -> Tensor:
         """A new tensor."""
-        added = 0.1 * self.mix(x)
+        self.added = 0.1 * self.mix(x)
         if seen is not None:
-            seen.append(added)
-        return x + added
+            seen.append(self.added)
+        return x + self.added
 
 
-def test_a_list_that_blocks_append_to_is_refused():
-    step = ck.cache(Views("list"), ck.step_mask(MASK))
-    with pytest.raises(ck.StructureError, match=r"writes to its argument 1, which is read later"):
+@pytest.mark.parametrize(("kind", "what"), [("list", "argument 1"), ("attribute", "attribute 'added'")])
+def test_what_blocks_leave_behind_and_the_model_reads_is_refused(kind, what):
+    step = ck.cache(Views(kind), ck.step_mask(MASK))
+    with pytest.raises(ck.StructureError, match=rf"writes to its {what}, which is read later"):
         step.init(STEPS, *feed(0))
 
 
