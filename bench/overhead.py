@@ -268,7 +268,9 @@ def main() -> None:
         "--rounds", type=int, default=40, help="timed calls a row; the small model has four times as many"
     )
     parser.add_argument("--models", default="medium,small", help="which of medium, small")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files, one a model"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="cachekit-bench-")
@@ -284,13 +286,13 @@ def main() -> None:
         "rounds": options.rounds,
         "rows": [],
     }
-    with torch.no_grad():
-        for name in options.models.split(","):
-            record["rows"] += bench(name, options.rounds)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "overhead.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {path}")
+    for name in options.models.split(","):
+        with torch.no_grad():
+            record["rows"] = bench(name, options.rounds)
+        path = options.out / f"overhead-{name}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"\nwritten: {path}")
 
 
 def _processor() -> str:
