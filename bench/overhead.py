@@ -209,7 +209,7 @@ def check(table: list[Row], calls: int = 3) -> dict[str, float]:
 
 
 def measure(table: list[Row], rounds: int, warm: int) -> list[list[float]]:
-    """Seconds of single calls, all rows in turn, each after a few calls that make the processor's caches its own."""
+    """Seconds of single calls, all rows in turn, each after as many calls as make the processor's caches its own."""
     samples: list[list[float]] = [[] for _ in table]
     for n in range(rounds):
         for row, found in zip(table, samples, strict=True):
@@ -239,7 +239,7 @@ def bench(name: str, rounds: int) -> list[dict[str, Any]]:
             seconds = check(table)
             # A near-empty call is over before the caches are warm, and so short that many more are affordable.
             many = 4 if name == "small" else 1
-            samples = measure(table, rounds * many, warm=2 * many)
+            samples = measure(table, rounds * many, warm=20 if name == "small" else 2)
             base = samples[1]
             for row, found in list(zip(table, samples, strict=True))[2 if results else 0 :]:
                 low, middle, high = statistics.quantiles([a / b for a, b in zip(found, base, strict=True)], n=4)
