@@ -278,8 +278,6 @@ class CachedStep(nn.Module):
         return self._on_host(state, args, kwargs)
 
     def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
-        if not isinstance(state, State):
-            self.check_state(state)
         known = self._trajectory(state)
         self.opened.follow()
         index, steps = int(state.step), len(known.times)
@@ -435,7 +433,12 @@ class CachedStep(nn.Module):
     def _trajectory(self, state: State) -> _Trajectory:
         """What the steps of one trajectory have in common, looked up once: they pass the same timesteps on."""
         known = self._known
-        if known is None or known.timesteps is not state.timesteps or known.names != tuple(state.sites):
+        if (
+            known is None
+            or not isinstance(state, State)
+            or known.timesteps is not state.timesteps
+            or known.names != tuple(state.sites)
+        ):
             layout = self.check_state(state)
             known = _Trajectory(state.timesteps, tuple(state.sites), layout, tuple(state.timesteps.tolist()))
             self._known = known
