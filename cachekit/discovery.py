@@ -23,9 +23,9 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
+from cachekit.frames import RECORD, framed
 from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Record, TensorSpec, Tree
 from cachekit.shadow import PATCHED, early_paths, shadow, sites_of, take_over
-from cachekit.sites import RECORD, framed
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {

@@ -15,7 +15,8 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.errors import CacheError, StructureError
-from cachekit.sites import COMPUTE, PROBE, REUSE, check_reached, run_framed
+from cachekit.frames import COMPUTE, PROBE, REUSE, check_reached
+from cachekit.sites import run_framed
 from cachekit.state import State
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def numbers(sums: torch.Tensor) -> Sums:
 # Of the standard library, torch, and what this package itself keeps and never changes.
 SETTLED = re.compile(
     r"G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
-    r"|cachekit|_frames|^step\.(?!opened\.blocks\[|shadow|_modules)"
+    r"|cachekit|call_frames|^step\.(?!opened\.blocks\[|shadow|_modules)"
 )
 
 

@@ -15,11 +15,12 @@ from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, take, trajectory
 from cachekit.errors import ArgumentTypeError, StateError
+from cachekit.frames import EAGER, GRAPH, Frame, check_reached
 from cachekit.layout import Found, Layout
 from cachekit.opening import Opened
 from cachekit.policy import Policy
 from cachekit.programs import Programs, numbers
-from cachekit.sites import EAGER, GRAPH, Frame, check_reached, run_framed
+from cachekit.sites import run_framed
 from cachekit.state import State, fresh_log, human_bytes, state_bytes
 from cachekit.structure import Chain
 
@@ -176,7 +177,7 @@ class CachedStep(nn.Module):
             ArgumentError, ArgumentTypeError: `timesteps` is no trajectory, or does not fit the policy.
             StructureError: no chain of blocks is found, or the policy has nothing to skip in it.
         """
-        times = trajectory(timesteps).clone()
+        times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
         plan, decider = self._fresh(times)
         sites, reference = {}, ()
@@ -211,7 +212,7 @@ class CachedStep(nn.Module):
             timesteps: of the new trajectory; None for those of `state`.
         """
         self.check_state(state)
-        times = (state.timesteps if timesteps is None else trajectory(timesteps)).clone()
+        times = trajectory(state.timesteps if timesteps is None else timesteps)
         plan, decider = self._fresh(times)
         computed, signal = fresh_log(len(times))
         fresh = State(

@@ -1,0 +1,49 @@
+"""Both ways of a decision inside one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cachekit.arguments import at_place, put
+from cachekit.layout import Span
+
+
+def either(decided: Tensor, compute: Callable[[], Any], reuse: Callable[[], Any]) -> Any:
+    """What `compute` or `reuse` returns, a pytree of tensors: fresh ones, with equal strides in both branches.
+
+    A branch must not return what comes from outside, nor an alias of it.
+    """
+    return torch.cond(decided, lambda: pytree.tree_map(_fresh, compute()), lambda: pytree.tree_map(_fresh, reuse()), ())
+
+
+def _fresh(value: Tensor) -> Tensor:
+    return value.contiguous().clone(memory_format=torch.contiguous_format)
+
+
+def unaliased(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """The arguments without shared memory, which a branch of `torch.cond` refuses."""
+    free = [(list(args), dict(kwargs)) for args, kwargs in calls]
+    for places in span.aliases:
+        fresh = at_place(places[0], calls).clone()
+        for place in places:
+            put(free[place.member], place.key, place.leaf, fresh)
+    return free
+
+
+def own(span: Span, calls: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+    """The arguments with copies where a block writes: a branch must not write to what comes from outside."""
+    if not span.writes:
+        return calls
+    free: list[tuple[Any, dict[str, Any]]] = [(list(args), dict(kwargs)) for args, kwargs in calls]
+    copies: list[tuple[Tensor, Tensor]] = []
+    for place in span.writes:
+        value = at_place(place, calls)
+        known = [copy for given, copy in copies if given is value]
+        copies.append((value, known[0] if known else value.clone()))
+        put(free[place.member], place.key, place.leaf, copies[-1][1])
+    return free

@@ -1,0 +1,232 @@
+"""What happens in a span: its blocks run, or a forecast stands in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cachekit.arguments import argument, assemble, has, put, result
+from cachekit.branches import either, own, unaliased
+from cachekit.errors import StructureError
+from cachekit.frames import COMPUTE, GRAPH, PROBE, REUSE, Frame, check_like, computes, example, misfit, updated
+from cachekit.layout import Span, Stream
+from cachekit.record import Const, Key
+
+
+def at_block(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a block returns, or what stands in for it."""
+    roles = frame["layout"].roles.get(path)
+    if roles is None:
+        return frame["blocks"][path](*args, **kwargs)
+    nth = frame["counts"].get(path, 0)
+    frame["counts"][path] = nth + 1
+    if nth >= len(roles):
+        raise StructureError(f"{path} is called more often than at init. Make a new state with step.init.")
+    index, member = roles[nth]
+    if index < 0:
+        return frame["blocks"][path](*args, **kwargs)
+    span = frame["layout"].spans[index]
+    calls = frame["calls"].setdefault(index, [])
+    if len(calls) != member:
+        raise StructureError(
+            f"{path} is called before {span.paths[len(calls)]}, unlike at init. Make a new state with step.init."
+        )
+    handed = frame["handed"].setdefault(index, [])
+    _check_call(span, member, args, kwargs, handed)
+    calls.append((args, kwargs))
+    found = {}
+    if member == len(span.paths) - 1:
+        output, values = _front(frame, span, calls) if span.front else _site(frame, span, calls)
+        if output is not None:
+            return output
+        found = {stream.leaf: value for stream, value in zip(span.streams, values, strict=True)}
+    # Until the last block is called each hands on what it was given. Nobody looks at the values.
+    leaves = [found[i] if i in found else _passed(key, args, kwargs) for i, key in enumerate(span.passing[member])]
+    handed.append(leaves)
+    return assemble(span.treespecs[member], leaves)
+
+
+def _passed(key: Key | Const | None, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    if key is None or isinstance(key, Const):
+        return key.value if key is not None else None
+    return argument(key, args, kwargs)
+
+
+def _check_call(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], handed: list[list[Any]]) -> None:
+    """Refuse other arguments than at init, and a stream that something else has happened to since an earlier block."""
+    for key in span.passing[member]:
+        if isinstance(key, (int, str)) and not has(key, args, kwargs):
+            raise StructureError(
+                f"{span.paths[member]} was called without the argument {key!r}, by position or name, that it had at "
+                "init. Gradient checkpointing passes arguments otherwise: run under torch.no_grad(), or switch it off."
+            )
+    for link in span.links[member]:
+        given = argument(link.key, args, kwargs) if has(link.key, args, kwargs) else None
+        if link.leaf >= 0:
+            given = pytree.tree_leaves(given)[link.leaf]
+        if given is not handed[link.member][link.out]:
+            raise StructureError(
+                f"Argument {link.key!r} of {span.paths[member]} is not what {span.paths[link.member]} returned, as it "
+                "was at init: the forward took another way. Make a new state with step.init and these arguments."
+            )
+
+
+def _run(frame: Frame, span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
+    """Run the blocks of a span, each on its own arguments and the results of those before."""
+    outputs: list[Any] = []
+    for member, (args, kwargs) in enumerate(calls):
+        if span.links[member]:
+            args, kwargs = _linked(span, member, args, kwargs, outputs)
+        for earlier in span.release[member]:
+            outputs[earlier] = None
+        outputs.append(frame["blocks"][span.paths[member]](*args, **kwargs))
+        del args, kwargs
+    return outputs[-1]
+
+
+def _linked(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], outputs: list[Any]) -> tuple[list, dict]:
+    call = list(args), dict(kwargs)
+    for link in span.links[member]:
+        value = result(outputs[link.member], span.treespecs[link.member], link.out)
+        put(call, link.key, link.leaf, value)
+    return call
+
+
+def _bases(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[Tensor]:
+    args, kwargs = calls[0]
+    bases = [argument(stream.key, args, kwargs) for stream in span.streams]
+    return [base.clone() for base in bases] if span.mutated else bases
+
+
+def _values(span: Span, output: Any) -> list[Tensor]:
+    return [result(output, span.treespecs[-1], stream.leaf) for stream in span.streams]
+
+
+def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
+    """The probe: its blocks run, and their residual is measured against that of the last computed step."""
+    if frame["mode"] in (COMPUTE, REUSE) and frame["carried"] is not None:
+        return None, _written(span, calls, list(frame["carried"]))
+    bases = _bases(span, calls)
+    output = _run(frame, span, calls)
+    values = _values(span, output)
+    residual = (values[span.main] - bases[span.main]).detach().contiguous()
+    check_like(frame["reference"], residual, frame["reference"].dtype, span.paths[0])
+    frame["residual"] = residual
+    sums = tuple(frame["signal"](residual, frame["reference"]))
+    frame["sums"] = sums
+    if frame["mode"] == PROBE:
+        frame["carried"] = tuple(values)
+    elif frame["compute"] is None:  # a plan has not decided yet
+        frame["compute"] = frame["decide"](sums)
+    return output, values
+
+
+def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
+    """Run the blocks and remember their residual, or add its forecast to what came in."""
+    mode = frame["mode"]
+    bases = _bases(span, calls)
+    if mode == PROBE:
+        return None, bases
+    if frame["layout"].output is not None:
+        return _in_vain(frame, span, calls, bases)
+    states = frame["sites"][span.name]
+    if mode == GRAPH:
+        return None, _written(span, calls, _branch(frame, span, calls, states, bases))
+    if computes(frame):
+        output = _run(frame, span, calls)
+        values = _values(span, output)
+        residuals = _residuals(span, values, bases, states)
+        if frame["observe"]:
+            frame["sums"] = _add(frame["sums"], _observed(frame, span, residuals, states))
+        frame["updated"][span.name] = updated(frame, residuals, states)
+        return output, values
+    return None, _written(span, calls, _forecast(frame, span, bases, states))
+
+
+def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """A span before a site that is the output: its blocks run, or nobody looks at what comes out."""
+
+    def passed() -> list[Tensor]:
+        return [base.to(stream.dtype) for stream, base in zip(span.streams, bases, strict=True)]
+
+    if frame["mode"] == GRAPH:
+        calls = unaliased(span, calls)
+        values = either(frame["compute"], lambda: _values(span, _run(frame, span, own(span, calls))), passed)
+        return None, _written(span, calls, values)
+    if computes(frame):
+        output = _run(frame, span, calls)
+        return output, _values(span, output)
+    return None, passed()
+
+
+def _written(span: Span, calls, values: list[Tensor]) -> list[Tensor]:
+    """The values, written to the arguments that the blocks would have written to."""
+    if not span.mutated:
+        return values
+    args, kwargs = calls[0]
+    made = []
+    for stream, value in zip(span.streams, values, strict=True):
+        made.append(argument(stream.key, args, kwargs).copy_(value) if stream.written else value)
+    return made
+
+
+def _residuals(span: Span, values, bases, states) -> list[Tensor]:
+    residuals = []
+    for stream, value, base, state in zip(span.streams, values, bases, states, strict=True):
+        residual = value - base
+        _check_base(span, stream, base, state)
+        check_like(example(state), residual, stream.residual, f"{span.name} ({stream.key})")
+        residuals.append(residual)
+    return residuals
+
+
+def _check_base(span: Span, stream: Stream, base: Tensor, state: Any) -> None:
+    if base.dtype != stream.base or base.shape != example(state).shape:
+        raise misfit(example(state), stream.base, base, f"{span.name} ({stream.key})")
+
+
+def _forecast(frame: Frame, span: Span, bases: list[Tensor], states: tuple[Any, ...]) -> list[Tensor]:
+    predict, now, values = frame["forecaster"].predict, frame["now"], []
+    for stream, base, state in zip(span.streams, bases, states, strict=True):
+        _check_base(span, stream, base, state)
+        values.append((base + predict(state, now)).to(stream.dtype))
+    return values
+
+
+def _observed(frame: Frame, span: Span, residuals: list[Tensor], states: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The signal of a policy that only logs: residual against forecast."""
+    forecast = frame["forecaster"].predict(states[span.main], frame["now"])
+    return tuple(frame["signal"](residuals[span.main], forecast))
+
+
+def _add(sums: Any, more: Any) -> Any:
+    return more if sums is None else (sums[0] + more[0], sums[1] + more[1])
+
+
+def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
+    """Both ways inside one graph."""
+    if span.aliases or span.mutated:
+        calls = unaliased(span, calls)
+        bases = _bases(span, calls)
+    for stream, base, state in zip(span.streams, bases, states, strict=True):
+        _check_base(span, stream, base, state)  # before the branches: not every compiler hands on what they raise
+
+    def compute():
+        values = _values(span, _run(frame, span, own(span, calls)))
+        residuals = _residuals(span, values, bases, states)
+        sums = _observed(frame, span, residuals, states) if frame["observe"] else ()
+        return values, updated(frame, residuals, states), tuple(sums)
+
+    def reuse():
+        values = _forecast(frame, span, bases, states)
+        sums = [torch.full((), torch.nan, device=values[0].device) for _ in range(2)] if frame["observe"] else ()
+        return values, states, tuple(sums)
+
+    values, frame["updated"][span.name], sums = either(frame["compute"], compute, reuse)
+    if frame["observe"]:
+        frame["sums"] = _add(frame["sums"], sums)
+    return values
