@@ -20,6 +20,7 @@ import cachekit as ck
 from cachekit.demo import pictures
 from cachekit.demo.__main__ import arguments, main
 from cachekit.demo.metrics import psnr, ssim
+from cachekit.demo.report import cells
 from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, Setting, Trial, score, settings
 from cachekit.demo.verdict import gain, headline
 
@@ -164,7 +165,16 @@ def test_the_seconds_of_a_busy_machine_count_for_nothing():
 def test_a_pace_of_its_own_is_taken_for_a_busy_machine():
     setting, labels = Setting(UNCACHED, "", 1), torch.arange(3)
     trials = [Trial(setting, images(0), {"cond": (True,)}, 1.0, pace) for pace in (1.0, 1.1, 0.9, 1.0, 1.3, 0.7)]
-    assert [entry.busy for entry in score(trials, labels)] == [False] * 4 + [True] * 2
+    rows = score(trials, labels)
+    assert [entry.busy for entry in rows] == [False] * 4 + [True] * 2
+    assert [entry.speedup for entry in rows] == [1.0] * 4 + [None] * 2
+    assert cells(rows[-1], rows)[2] == ""
+
+
+def test_no_speedup_over_an_uncached_run_on_a_busy_machine():
+    setting, labels = Setting(UNCACHED, "", 1), torch.arange(3)
+    trials = [Trial(setting, images(0), {"cond": (True,)}, 1.0, pace) for pace in (1.3, 1.0, 1.0)]
+    assert [entry.speedup for entry in score(trials, labels)] == [None] * 3
 
 
 def test_runs_without_a_cache_gain_nothing():

@@ -90,7 +90,7 @@ def speed(rows: Sequence[Row]) -> bytes:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _scatter(left, rows, lambda row: row.computed_steps)
-    _scatter(right, [row for row in rows if not row.busy], lambda row: row.speedup)
+    _scatter(right, [row for row in rows if row.speedup is not None], lambda row: row.speedup or 0.0)
     left.invert_xaxis()
     left.set_ylabel("PSNR against the uncached samples, dB", fontsize=9, color=INK)
     left.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)

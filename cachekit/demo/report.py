@@ -35,7 +35,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         " / ".join(map(str, counts)),
         f"{'~' if row.busy else ''}{row.seconds:.2f}",
-        f"{row.speedup:.2f}x",
+        f"{row.speedup:.2f}x" if row.speedup is not None else "",
         *(f"{distance:.1f}" if math.isfinite(distance) else "same" for distance in (row.psnr, row.worst)),
         f"{row.ssim:.4f}",
         f"{row.recognised:.1%}".replace(".0%", "%"),
@@ -107,7 +107,8 @@ def _tag(row: Row) -> str:
 
 def _card(n: int, row: Row, rows: Sequence[Row], pictures: Mapping[str, bytes]) -> str:
     computed, _, speedup, distance, *_ = cells(row, rows)
-    score = "the reference" if n == 0 else f"{computed} steps computed, {speedup}, {distance} dB"
+    parts = (f"{computed} steps computed", speedup, f"{distance} dB")
+    score = "the reference" if n == 0 else ", ".join(filter(None, parts))
     shown = _image(pictures[f"samples/{n:02d}"], f"Samples of {row.label}")
     off = _image(pictures[f"differences/{n:02d}"], f"Differences of {row.label} from the uncached samples")
     return f"<figure><figcaption>{_tag(row)}<span>{escape(score)}</span></figcaption>{shown}{off}</figure>\n"

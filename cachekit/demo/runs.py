@@ -62,7 +62,7 @@ class Row(NamedTuple):
     seconds: float
     pace: float  # mean seconds of a computed forward, which is the same work in every row
     busy: bool  # whether the machine did something else meanwhile, so that the seconds mean little
-    speedup: float  # against the uncached run
+    speedup: float | None  # against the uncached run; unknown where the machine was busy during either
     psnr: float  # dB against the uncached samples, mean of the images; infinite where they are identical
     worst: float  # PSNR of the image that is furthest off
     ssim: float
@@ -231,7 +231,8 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
     """The rows of the table. The first trial is the uncached one, which the others are held against."""
     reference, rows = trials[0], []
     usual = statistics.median(trial.pace for trial in trials)
-    for trial in trials:
+    busy = [not usual / PACE < trial.pace < usual * PACE for trial in trials]
+    for trial, disturbed in zip(trials, busy, strict=True):
         distances = psnr(trial.samples, reference.samples)
         rows.append(
             Row(
@@ -244,8 +245,8 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
                 computed_steps=sum(sum(stream) for stream in trial.computed.values()) / len(trial.computed),
                 seconds=trial.seconds,
                 pace=trial.pace,
-                busy=not usual / PACE < trial.pace < usual * PACE,
-                speedup=reference.seconds / trial.seconds,
+                busy=disturbed,
+                speedup=None if disturbed or busy[0] else reference.seconds / trial.seconds,
                 psnr=distances.mean().item(),
                 worst=distances.min().item(),
                 ssim=ssim(trial.samples, reference.samples),
