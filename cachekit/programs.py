@@ -29,6 +29,7 @@ class Programs:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = _lean(arguments)
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._shadow: Any = None  # the modules that were compiled
 
     def _program(self, action: str) -> Callable[..., Any]:
         if action not in self._compiled:
@@ -39,6 +40,9 @@ class Programs:
         self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
+        if self._shadow is not step.shadow:
+            self._shadow = step.shadow
+            self._compiled.clear()
         names = tuple(state.sites)
         written = step.layout(names).written
         if step.policy.front and written is not None:
@@ -50,7 +54,7 @@ class Programs:
         try:
             if step.policy.front:
                 sums, residual, *carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
-                moment = moment._replace(signal=numbers(sums))
+                moment = Moment(moment.step, moment.timestep, moment.steps, numbers(sums))
             computed = step.verdict(state, moment)
             if computed:
                 out, updated, observed = self._program(COMPUTE)(step, names, state.sites, carried, now, args, kwargs)
@@ -108,14 +112,18 @@ def numbers(sums: torch.Tensor) -> Sums:
 # Of the standard library, torch, and what this package itself keeps and never changes.
 SETTLED = re.compile(
     r"G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
-    r"|cachekit|call_frames|^step\.(?!opened\.blocks\[|shadow|_modules)"
+    r"|cachekit|call_frames|\(step\)|\._path$|\bstep\.(?!opened\.blocks\[|shadow|_modules)"
 )
+# Which module stands where: the step looks after that itself, before every program.
+STRUCTURE = re.compile(r"\bstep\..*(\b_modules('\])?(\['[^']*'\])?|\b_(parameters|buffers)('\])?)$")
+KINDS = ("TYPE_MATCH", "DICT_KEYS_MATCH", "DICT_CONTAINS")
 
 
 def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments for torch.compile without checks that cannot fail here: on small models they are what a step costs.
 
-    Guards on the library's own constants are dropped. So is Inductor's check of the strides of every input: the
+    Guards on the library's own constants are dropped, and those on which module stands where: `Opened.follow` has
+    looked, and programs are not kept when it has changed. So is Inductor's check of the strides of every input: the
     guards have made sure of them.
     """
     arguments = dict(arguments)
@@ -128,7 +136,12 @@ def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
     wanted = options.get("guard_filter_fn", lambda entries: [True] * len(entries))
 
     def needed(entries: Any) -> list[bool]:
-        pairs = zip(entries, wanted(entries), strict=True)
-        return [keep and SETTLED.search(entry.name) is None for entry, keep in pairs]
+        return [keep and not _checked(entry) for entry, keep in zip(entries, wanted(entries), strict=True)]
 
     return {**arguments, "options": {**options, "guard_filter_fn": needed}}
+
+
+def _checked(entry: Any) -> bool:
+    if SETTLED.search(entry.name) is not None:
+        return True
+    return entry.guard_type in KINDS and STRUCTURE.search(entry.name) is not None

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from dit import CHANNELS, DiT
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 from zoo import specimen
@@ -174,6 +175,32 @@ def test_compile_leaves_the_old_step_eager():
         counters.clear()
         run(step, step.init(3, **sp.inputs(0)), sp, 3)
     assert not counters["stats"]["unique_graphs"]
+
+
+class Doubled(torch.nn.Linear):
+    """What a checkpoint of plain layers fits into as well."""
+
+    def forward(self, x):
+        """Twice as much."""
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("method", POLICIES)
+@torch.no_grad()
+def test_a_replaced_module_is_compiled_anew(method):
+    model = DiT()
+    x, t, text = torch.randn(1, 6, CHANNELS), torch.ones(1), torch.randn(1, 5, CHANNELS)
+    step = ck.cache(model, POLICIES[method]()).compile(backend="aot_eager")
+    _, state = step(step.init(6, x, t, text), x, t, text)
+    for parent, name in ((model, "head"), (model.blocks[2], "modulate")):
+        old = getattr(parent, name)
+        new = Doubled(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict())
+        setattr(parent, name, new)
+        with pytest.raises(ck.StructureError, match="was added, removed or replaced since init"):
+            step(state, x, t, text)
+        out, state = step(step.init(6, x, t, text), x, t, text)
+        assert torch.allclose(out, model(x, t, text), rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrong_call_of_a_compiled_step_is_no_wrong_result():
