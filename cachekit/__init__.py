@@ -2,7 +2,15 @@
 
 from cachekit import deciders, forecasters, signals
 from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError
-from cachekit.methods import MagRatios, first_block_cache, mag_cache, mag_calibration, step_mask
+from cachekit.methods import (
+    MagRatios,
+    first_block_cache,
+    mag_cache,
+    mag_calibration,
+    pyramid_attention_broadcast,
+    step_mask,
+    taylorseer,
+)
 from cachekit.policy import Policy
 from cachekit.state import State, Summary, summary
 from cachekit.structure import Chain
@@ -29,7 +37,9 @@ __all__ = [
     "forecasters",
     "mag_cache",
     "mag_calibration",
+    "pyramid_attention_broadcast",
     "signals",
     "step_mask",
     "summary",
+    "taylorseer",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.arguments import at_place, put
-from cachekit.layout import Span
+from cachekit.layout import Place, Span
 
 
 def either(decided: Tensor, compute: Callable[[], Any], reuse: Callable[[], Any]) -> Any:
@@ -25,10 +25,12 @@ def _fresh(value: Tensor) -> Tensor:
     return value.contiguous().clone(memory_format=torch.contiguous_format)
 
 
-def unaliased(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:
+def unaliased(
+    aliases: Sequence[Sequence[Place]], calls: list[tuple[tuple, dict[str, Any]]]
+) -> list[tuple[Any, dict[str, Any]]]:
     """The arguments without shared memory, which a branch of `torch.cond` refuses."""
     free = [(list(args), dict(kwargs)) for args, kwargs in calls]
-    for places in span.aliases:
+    for places in aliases:
         fresh = at_place(places[0], calls).clone()
         for place in places:
             put(free[place.member], place.key, place.leaf, fresh)

@@ -24,8 +24,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
 from cachekit.frames import RECORD, framed
-from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Record, TensorSpec, Tree
-from cachekit.shadow import PATCHED, early_paths, shadow, sites_of, take_over
+from cachekit.parts import Watch, kind_of
+from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Part, Record, TensorSpec, Tree
+from cachekit.shadow import PATCHED, early_paths, stands
+from cachekit.sites import EarlySite
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -35,18 +37,23 @@ VIEWS = {
 }
 
 
-def discover(model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device) -> Record:
-    """Record the forward of `model(*args, **kwargs)` with the blocks `paths`. The model is left as it was."""
+def discover(
+    model: nn.Module, paths: Sequence[str], parts: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device
+) -> Record:
+    """Record the forward of `model(*args, **kwargs)` with the blocks `paths`, and `parts` in or beside them.
+
+    The model is left as it was.
+    """
     if any(_patched(module) for module in model.modules()):
         # What a patched forward closes over cannot be copied safely.
-        return _real(model, paths, args, kwargs)
+        return _real(model, paths, parts, args, kwargs)
     try:
-        return _fake(model, paths, args, kwargs, device)
+        return _fake(model, paths, parts, args, kwargs, device)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
         try:
-            return _real(model, paths, args, kwargs)
+            return _real(model, paths, parts, args, kwargs)
         except CacheError:
             raise
         except Exception as error:
@@ -63,7 +70,7 @@ def _patched(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
 
 
-def _fake(model, paths, args, kwargs, device) -> Record:
+def _fake(model, paths, parts, args, kwargs, device) -> Record:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -82,13 +89,13 @@ def _fake(model, paths, args, kwargs, device) -> Record:
             module.__dict__.pop(name, None)
     fake_args, fake_kwargs = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
     with mode:
-        return _record(twin, paths, fake_args, fake_kwargs, faked=True)
+        return _record(twin, paths, parts, fake_args, fake_kwargs, faked=True)
 
 
-def _real(model, paths, args, kwargs) -> Record:
+def _real(model, paths, parts, args, kwargs) -> Record:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
-    return _record(model, paths, copied_args, copied_kwargs, faked=False)
+    return _record(model, paths, parts, copied_args, copied_kwargs, faked=False)
 
 
 def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -110,14 +117,15 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
 
 
-def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
+def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
     beside = early_paths(model, paths)
-    sites = sites_of(model, paths, beside)
+    twin = stands(model, paths, beside, parts)
+    sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
     recorder = Recorder(_inputs(model, args, kwargs))
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
-        out = shadow(model, sites)(*args, **kwargs)
+        out = twin.root(*args, **kwargs)
     leaves, treespec = pytree.tree_flatten(out)
     outs = tuple(recorder.node(leaf) for leaf in leaves)
     untouched = {path for path in beside if _attributes(model, sites, path) == before[path]}
@@ -128,6 +136,9 @@ def _record(model, paths, args, kwargs, *, faked: bool) -> Record:
     recorder.read |= {leaf.token for leaf in outs if isinstance(leaf, Leaf)}
     return Record(
         calls=tuple(recorder.calls),
+        parts=tuple(
+            part._replace(written=number in recorder.overwritten) for number, part in enumerate(recorder.parts)
+        ),
         early=early,
         outs=outs,
         treespec=treespec,
@@ -187,6 +198,11 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.early: list[Early] = []
         self._returned: list[list[tuple[Tensor, int]]] = []  # of every early call, its results and their versions
+        self.parts: list[Part] = []
+        self._makers: dict[int, set[int]] = {}  # memory -> parts whose results lie in it
+        self.overwritten: set[int] = set()  # parts whose results something has written to
+        self._watch = Watch()
+        self._frames = _frames(inputs)
         self._dirty: dict[int, dict[int, int]] = {}  # memory -> tensors that blocks wrote to -> token after that
         self.read: set[int] = set()
         self.depth = 0
@@ -251,6 +267,7 @@ class Recorder(TorchDispatchMode):
             elif mutable:
                 # A write through a view is seen by whoever reads the rest.
                 self._written[storage] = self._written.get(storage, frozenset()) | labels
+                self.overwritten |= self._makers.get(self._memory(tensor), set()) if self._makers else set()
             if lineage:
                 self._lineage[tensor] = lineage
             elif tensor in self._lineage:
@@ -258,6 +275,9 @@ class Recorder(TorchDispatchMode):
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
         if count is not None and self.depth:
             self.flops += int(count(*args, **kwargs, out_val=out))
+        if self._watch.running:
+            name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
+            self._watch.operator(name, args, outputs, self.labels, count is not None)
         return out
 
     def _carried(self, func, inputs) -> frozenset:
@@ -272,7 +292,7 @@ class Recorder(TorchDispatchMode):
 
     def call(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a block and write down what went in and out."""
-        block = site._block
+        block = site._run
         if self.depth:
             return block(*args, **kwargs)
         given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
@@ -290,8 +310,7 @@ class Recorder(TorchDispatchMode):
         finally:
             self.depth -= 1
         attributes = {name: value for name, value in vars(block).items() if held.get(name) is not value}
-        if attributes:
-            take_over(site)
+        site.__dict__.update(attributes)
         left = {name: self.token(value) for name, value in attributes.items() if isinstance(value, Tensor)}
         self._results.update(left.values())
         mutated = {}
@@ -331,13 +350,47 @@ class Recorder(TorchDispatchMode):
         self._seen[path] = self._seen.get(path, 0) + 1
         return out
 
+    def part(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a module inside a block and write down what it does."""
+        module, path = site._run, site._path
+        given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
+        nodes = {key: self.node(value) for key, value in given.items()}
+        versions = {key: _version(value) for key, value in given.items() if isinstance(value, Tensor)}
+        held, block = dict(vars(module)), len(self.calls) if self.depth else -1
+        activity = self._watch.enter(given)
+        try:
+            out = module(*args, **kwargs)
+        finally:
+            self._watch.leave()
+        attributes = {name: value for name, value in vars(module).items() if held.get(name) is not value}
+        site.__dict__.update(attributes)
+        leaves, treespec = pytree.tree_flatten(out)
+        call = Call(
+            path=path,
+            nth=self._seen.get(path, 0),
+            kind=f"{type(module).__module__}.{type(module).__qualname__}",
+            args=nodes,
+            treespec=treespec,
+            outs=tuple(self.node(leaf) for leaf in leaves),
+            lineage={},
+            mutated={key: 0 for key, version in versions.items() if _version(given[key]) != version},
+            attributes=dict.fromkeys(attributes, 0),
+            flops=0,
+        )
+        self._seen[path] = call.nth + 1
+        for leaf in call.outs:
+            if isinstance(leaf, Leaf):
+                self._makers.setdefault(leaf.storage, set()).add(len(self.parts))
+        self.parts.append(Part(call, kind_of(activity, path, given, out, self._frames), block, written=False))
+        return out
+
     def beside(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module that is no block and write down what came out."""
         if self.depth:
-            return site._block(*args, **kwargs)
+            return site._run(*args, **kwargs)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [_version(tensor) for tensor in given]
-        out = site._block(*args, **kwargs)
+        out = site._run(*args, **kwargs)
         results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         old = {_storage(tensor) for tensor in (*given, *site._block.parameters(), *site._block.buffers())}
         fresh = not any(_storage(tensor) in old for tensor in results)
@@ -366,6 +419,12 @@ class Recorder(TorchDispatchMode):
             self._count += 1
             self._container_tokens[id(value)] = self._count
         return Tree(self._container_tokens[id(value)], treespec, tuple(self.node(leaf) for leaf in leaves))
+
+
+def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
+    """Batch and what may be the number of frames, where the first argument is a video, [B, C, F, H, W] say."""
+    first = inputs[0][0] if inputs and inputs[0] else None
+    return tuple(first.shape[:3]) if first is not None and first.ndim == 5 else ()
 
 
 def _plain(value: Any) -> bool:

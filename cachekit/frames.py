@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
+from cachekit.layout import ALL
 
 # How a frame is run.
 RECORD = "record"  # write the structure down
 EAGER = "eager"  # decide on the way, on the host
 GRAPH = "graph"  # decide on the way, inside the graph
 PROBE = "probe"  # run the front blocks and nothing after them
-COMPUTE = "compute"  # run every block after the front ones
-REUSE = "reuse"  # run no block after the front ones
+ACTION = "action"  # run what is after the front blocks, as decided beforehand
 
 Frame: TypeAlias = dict[str, Any]
 
@@ -59,6 +59,12 @@ def check_reached(frame: Frame) -> None:
                 f"{path} was called {counts.get(path, 0)} times, at init {len(roles)} times. The forward took another "
                 "way, or a patched forward holds on to the original module. Make a new state with step.init."
             )
+    for path, calls in frame["layout"].parts.items():
+        if frame["passed"].get(path, 0) != len(calls) and frame["mode"] != PROBE:
+            raise StructureError(
+                f"{path} was called {frame['passed'].get(path, 0)} times, at init {len(calls)} times. The forward took "
+                "another way. Make a new state with step.init."
+            )
 
 
 def check_like(kept: Tensor, now: Tensor, dtype: torch.dtype, site: str) -> None:
@@ -79,9 +85,9 @@ def misfit(kept: Tensor, dtype: torch.dtype, now: Tensor, site: str) -> StateErr
     )
 
 
-def computes(frame: Frame) -> bool:
-    """Whether this call computes, on the host where that is known."""
-    return frame["mode"] == COMPUTE or (frame["mode"] == EAGER and frame["compute"])
+def computes(frame: Frame, group: str = ALL) -> bool:
+    """Whether the sites of a group compute in this call, once that is decided."""
+    return frame["compute"][group]
 
 
 def updated(frame: Frame, values: list[Tensor], states: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from cachekit.errors import ArgumentError, StructureError
-from cachekit.record import DENOISED, Call, Const, Key, Leaf, Record, TensorSpec, leaves_of, made_by
+from cachekit.parts import matches
+from cachekit.record import DENOISED, KINDS, Call, Const, Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure import Chain, chains_of, lead, stream_maps
+
+ALL = "all"
+"""The group of every site, where one decision governs all."""
+
+PARTS = {"attention": KINDS[:3], "mlp": KINDS[3:], "attention+mlp": KINDS}
+"""What is left out inside the blocks, and the kinds of modules that this means."""
+
+Sites: TypeAlias = str | tuple[str, ...] | Mapping[str, tuple[str, ...]]
+"""A name of what is left out, patterns of names, or such patterns by kind."""
 
 
 class Link(NamedTuple):
@@ -70,19 +81,23 @@ class Span(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What the model returns, as a site of its own: on a reuse nothing of the model runs."""
+    """What a module returns, as a site: on a reuse nothing of the module runs."""
 
     name: str
     treespec: Any
     leaves: tuple[Const | None, ...]  # None where a tensor stands
     dtypes: tuple[torch.dtype, ...]  # of the tensors
+    group: str = ALL  # whose decision it follows
+    aliases: tuple[tuple[Place, ...], ...] = ()  # of its arguments, as in a span
+    copied: bool = True  # whether what is remembered is a copy: others may write to what is returned
 
 
 class Layout(NamedTuple):
     """Where a policy stands in a model."""
 
-    spans: tuple[Span, ...]
-    output: Output | None  # then the spans but the first only keep blocks from running in vain
+    spans: tuple[Span, ...]  # with an output or parts, those but the first are not remembered
+    output: Output | None  # of the model
+    parts: dict[str, tuple[Output, ...]]  # module inside a block -> what each of its calls returns
     early: tuple[str, ...]  # modules whose results, computed with the probe, need not be computed again after it
     written: str | None  # an argument or buffer of the model that its forward writes to
     roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
@@ -92,21 +107,27 @@ class Layout(NamedTuple):
         """What can be left out, and is remembered."""
         if self.output is not None:
             return (self.output,)
+        if self.parts:
+            return tuple(itertools.chain.from_iterable(self.parts.values()))
         return tuple(span for span in self.spans if not span.front)
 
     def renamed(self, suffix: str) -> Layout:
         """The same under other names."""
         spans = tuple(span._replace(name=span.name + suffix) for span in self.spans)
         output = self.output and self.output._replace(name=self.output.name + suffix)
-        return self._replace(spans=spans, output=output)
+        parts = {
+            path: tuple(part._replace(name=part.name + suffix) for part in calls) for path, calls in self.parts.items()
+        }
+        return self._replace(spans=spans, output=output, parts=parts)
 
 
 class Found(NamedTuple):
     """A layout, and what else discovery has to tell."""
 
     layout: Layout
-    residuals: tuple[tuple[TensorSpec, ...], ...]  # of every span, one a stream
-    output: tuple[TensorSpec, ...]  # of the tensors that the model returns
+    specs: tuple[tuple[TensorSpec, ...], ...]  # what every site remembers: residuals of its streams, or its tensors
+    reference: TensorSpec | None  # residual of the probe
+    kinds: dict[str, tuple[str, ...]]  # kind -> names of the parts that are sites
     chains: tuple[str, ...]  # all of them, in the order they run
     leader: str
     reason: str  # why this chain leads
@@ -235,25 +256,128 @@ def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
     return 0
 
 
-def lay_out(record: Record, front: int, stated: Sequence[Chain] = (), output: bool = False) -> Found:
+def lay_out(
+    record: Record,
+    front: int,
+    stated: Sequence[Chain] = (),
+    sites: Sites = "chain",
+    groups: Sequence[str] = (),
+) -> Found:
     """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
 
-    With `output` the site is what the model returns.
+    Args:
+        record: of the model's forward.
+        front: how many blocks of the leading chain always run.
+        stated: chains by hand.
+        sites: "chain", "output", one of `PARTS`, or patterns of names.
+        groups: kinds of parts, where each has a decision of its own; the others always run then.
 
     Raises:
         StructureError: there is no chain, or nothing to skip in it.
     """
-    if output and not front:
-        return Found(
-            layout=Layout(spans=(), output=_output(record), early=(), written=None, roles={}),
-            residuals=(),
-            output=_returned(record),
-            chains=(),
-            leader="none",
-            reason="none is needed",
-            left=(),
-            faked=record.faked,
+    if sites == "chain" or front:
+        found = _with_chains(record, front, stated, remembered=sites == "chain")
+    else:
+        layout = Layout(spans=(), output=None, parts={}, early=(), written=None, roles={})
+        found = Found(layout, (), None, {}, (), "none", "none is needed", (), record.faked)
+    if sites == "output":
+        output = _output(record.outs, record.treespec, "output")
+        if not output.dtypes:
+            raise StructureError(
+                "The model returns no tensor that could be forecast, or keeps it in a class that torch.utils._pytree "
+                'does not know. Return a tensor, a tuple or a dict, or use sites="chain".'
+            )
+        return found._replace(layout=found.layout._replace(output=output), specs=(_specs(record.outs),))
+    return found if sites == "chain" else _with_parts(found, record, sites, groups)
+
+
+def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str]) -> Found:
+    """With sites at the modules inside the blocks."""
+    wanted = [part for part in _named(record.parts, sites) if not groups or part.kind in groups]
+    front = [path for span in found.layout.spans if span.front for path in span.paths]
+    skippable = set(found.layout.roles) - set(front)
+    paths = {part.call.path for part in wanted}
+    parts: dict[str, tuple[Output, ...]] = {}
+    specs: dict[str, tuple[TensorSpec, ...]] = {}
+    kinds: dict[str, tuple[str, ...]] = {}
+    left = list(found.left)
+    for part in wanted:
+        call = part.call
+        if front and (part.block < 0 or record.calls[part.block].path not in skippable):
+            continue  # what the probe needs, or what comes before it, always runs
+        if any(call.path.startswith(f"{other}.") for other in paths):
+            continue  # of what is left out with an outer part nothing is remembered
+        reason = _unfit(part)
+        if reason is not None:
+            left.append(f"{call.path}: {reason}")
+            continue
+        name = call.path if not call.nth else f"{call.path}#{call.nth}"
+        group = part.kind if groups else ALL
+        output = _output(call.outs, call.treespec, name)._replace(
+            group=group, aliases=_aliases([call], [()]), copied=part.written
         )
+        parts[call.path] = (*parts.get(call.path, ()), output)
+        specs[name] = _specs(call.outs)
+        kind = part.kind or "by name"
+        kinds[kind] = (*kinds.get(kind, ()), name)
+    if not parts:
+        raise StructureError(_no_part(record, sites, groups, left))
+    layout = found.layout._replace(parts=parts)
+    ordered = tuple(specs[site.name] for site in layout.sites)
+    return found._replace(layout=layout, specs=ordered, kinds=kinds, left=tuple(left))
+
+
+def _named(parts: Iterable[Part], sites: Sites) -> Iterator[Part]:
+    """The parts that are meant by their kind, or by their name, which may also state their kind."""
+    for part in parts:
+        if isinstance(sites, str):
+            if part.kind in PARTS[sites]:
+                yield part
+        elif isinstance(sites, Mapping):
+            kinds = [kind for kind, patterns in sites.items() if matches(part.call.path, patterns)]
+            if kinds:
+                yield part._replace(kind=kinds[0])
+        elif matches(part.call.path, sites):
+            yield part
+
+
+def _unfit(part: Part) -> str | None:
+    """Why the result of a part cannot stand for it."""
+    call = part.call
+    if call.mutated:
+        return f"it writes to its argument {next(iter(call.mutated))!r}"
+    if call.attributes:
+        return f"it leaves {next(iter(call.attributes))!r} behind"
+    if not _specs(call.outs):
+        return "it returns no tensor"
+    return None
+
+
+def _no_part(record: Record, sites: Sites, groups: Sequence[str], left: Sequence[str]) -> str:
+    candidates: dict[str, list[str]] = {}
+    for part in record.parts:
+        if part.kind:
+            candidates.setdefault(part.kind, []).append(re.sub(r"\b\d+\b", "*", part.call.path))
+    shown = "; ".join(f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in candidates.items())
+    what = f"sites={sites!r}" + (f" of kind {', '.join(groups)}" if groups else "")
+    skipped = f" Left to run: {'; '.join(left)}." if left else ""
+    return (
+        f"{what} matches no module of the model that can be left out.{skipped} Found inside its blocks: "
+        f"{shown or 'no attention and no feed-forward network'}. Name modules with a tuple of patterns, each of "
+        'which must match a whole name, e.g. sites=(r".*\\.attn",).'
+    )
+
+
+def _output(outs: Sequence[Any], treespec: Any, name: str) -> Output:
+    leaves = tuple(None if isinstance(out, Leaf) else out for out in outs)
+    return Output(name, treespec, leaves, tuple(spec.dtype for spec in _specs(outs)))
+
+
+def _specs(outs: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(out.spec for out in outs if isinstance(out, Leaf))
+
+
+def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembered: bool) -> Found:
     if not record.calls:
         raise StructureError(
             "No block of the model ran: it has no nn.ModuleList of blocks, the forward did not call them, or a patched "
@@ -302,15 +426,17 @@ def lay_out(record: Record, front: int, stated: Sequence[Chain] = (), output: bo
             roles[call.path].append(home.get(k, (-1, -1)))
     layout = Layout(
         spans=tuple(span for span, _, _ in spans),
-        output=_output(record) if output else None,
+        output=None,
+        parts={},
         early=_early(record, spans[0][2]) if spans[0][0].front else (),
         written=record.written,
         roles={path: tuple(role) for path, role in roles.items()},
     )
     return Found(
         layout=layout,
-        residuals=tuple(residuals for _, residuals, _ in spans),
-        output=_returned(record) if output else (),
+        specs=tuple(residuals for span, residuals, _ in spans if remembered and not span.front),
+        reference=next((residuals[span.main] for span, residuals, _ in spans if span.front), None),
+        kinds={},
         chains=tuple(names),
         leader=names[leader],
         reason=reason,
@@ -333,21 +459,6 @@ def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
             raise ArgumentError(f"`structure` states {twice[0]} in two chains. A block belongs to one.")
         chains.append(tuple(calls))
     return chains
-
-
-def _output(record: Record) -> Output:
-    specs = _returned(record)
-    if not specs:
-        raise StructureError(
-            "The model returns no tensor that could be forecast, or keeps it in a class that torch.utils._pytree does "
-            'not know. Return a tensor, a tuple or a dict, or use sites="chain".'
-        )
-    leaves = tuple(None if isinstance(out, Leaf) else out for out in record.outs)
-    return Output("output", record.treespec, leaves, tuple(spec.dtype for spec in specs))
-
-
-def _returned(record: Record) -> tuple[TensorSpec, ...]:
-    return tuple(out.spec for out in record.outs if isinstance(out, Leaf))
 
 
 def _early(record: Record, probe: Sequence[int]) -> tuple[str, ...]:

@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
-from cachekit.layout import Found, Layout, lay_out
-from cachekit.shadow import Fingerprint, Follower, block_paths, shadow, shells, sites_of, take_over, unwrap
+from cachekit.layout import Found, Layout, Sites, lay_out
+from cachekit.parts import part_paths
+from cachekit.shadow import Fingerprint, Follower, block_paths, stands, take_over, unwrap
+from cachekit.sites import PartSite
 from cachekit.structure import Chain
 
 
@@ -37,17 +39,21 @@ class Opened:
         stated: Sequence[Chain],
         block_options: dict[str, Any] | None = None,
         *,
-        output: bool = False,
+        sites: Sites = "chain",
+        groups: Sequence[str] = (),
     ) -> None:
         self.original = unwrap(model)
         self.layouts: dict[tuple[str, ...], Layout] = {}
         self._front = front
-        self._output = output
+        self._sites = sites
+        self._groups = tuple(groups)
         self._stated = stated
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
         self._lock = threading.Lock()
+        self._early: set[str] = set()
+        self._parts: set[str] = set()
         if not block_paths(self.original, self._named):
             raise StructureError(
                 f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
@@ -57,21 +63,29 @@ class Opened:
         self._derive()
 
     def _derive(self) -> None:
-        """Build the shadow. What was found belongs to the modules it was found on, so it goes."""
-        paths = block_paths(self.original, self._named)
-        blocks = {path: self.original.get_submodule(path) for path in paths}
-        sites = sites_of(self.original, paths, ())
-        self.shadow = shadow(self.original, sites)
-        self.blocks: dict[str, Callable[..., Any]] = dict(blocks)
-        if self._options is not None:
-            self.blocks = {path: torch.compile(block, **self._options) for path, block in blocks.items()}
-        self._sites = sites
-        pairs = shells(self.original, self.shadow, sites)
-        self._refresh = Follower(pairs)
-        self._fingerprint = Fingerprint(self.original)
-        self._children = [(source, *child) for source, _ in pairs for child in source.named_children()]
-        self._helpers = _helpers(blocks)
+        """Begin anew. What was found belongs to the modules it was found on, so it goes."""
+        self._early.clear()
+        self._parts.clear()
         self._found.clear()
+        self._fingerprint = Fingerprint(self.original)
+        self._paths = block_paths(self.original, self._named)
+        self._helpers = _helpers([self.original.get_submodule(path) for path in self._paths])
+        self._build()
+
+    def _build(self) -> None:
+        """Build the shadow, with all sites known so far."""
+        made = stands(self.original, self._paths, self._early, self._parts)
+        self.shadow = made.root
+        self.blocks: dict[str, Callable[..., Any]] = dict(made.blocks)
+        if self._options is not None and self._parts:
+            for site in made.sites:
+                if isinstance(site, PartSite):
+                    site.__dict__["_run"] = torch.compile(site._run, **self._options)
+        elif self._options is not None:
+            self.blocks = {path: torch.compile(block, **self._options) for path, block in self.blocks.items()}
+        self._standing = made.sites
+        self._refresh = Follower(made.shells)
+        self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         """What the forward looks like on these arguments: recorded once for each signature."""
@@ -83,12 +97,16 @@ class Opened:
             self._refresh()
             if signature not in self._found:
                 _refuse(self.original)
-                record = discover(self.original, list(self.blocks), args, kwargs, device)
-                self._found[signature] = self._register(lay_out(record, self._front, self._stated, self._output))
-                early = [path for path in self._found[signature].layout.early if path not in self._sites]
-                for path, site in sites_of(self.original, (), early).items():
-                    self._sites[path] = self.shadow._modules[path] = site
-            for site in self._sites.values():
+                inside = part_paths(self.original, self._paths, self._sites)
+                record = discover(self.original, self._paths, inside, args, kwargs, device)
+                laid_out = lay_out(record, self._front, self._stated, self._sites, self._groups)
+                found = self._found[signature] = self._register(laid_out)
+                early, parts = set(found.layout.early), set(found.layout.parts)
+                if early - self._early or parts - self._parts:
+                    self._early |= early
+                    self._parts |= parts
+                    self._build()
+            for site in self._standing:
                 take_over(site)
             return self._found[signature]
 
@@ -158,10 +176,10 @@ def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.d
     return torch.device("cpu")
 
 
-def _helpers(blocks: Mapping[str, nn.Module]) -> tuple[Any, ...]:
+def _helpers(blocks: Sequence[nn.Module]) -> tuple[Any, ...]:
     """One object of every class that modules of the blocks keep and call without its being a module."""
     found: dict[type, Any] = {}
-    for block in blocks.values():
+    for block in blocks:
         for module in block.modules():
             for value in vars(module).values():
                 if not isinstance(value, (type, types.FunctionType, types.MethodType)) and callable(type(value)):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.arguments import assemble
-from cachekit.branches import either
+from cachekit.branches import either, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import GRAPH, PROBE, REUSE, Frame, check_like, computes, example, updated
+from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, updated
 from cachekit.layout import Output
 
 
@@ -21,7 +21,7 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     output, probed = frame["layout"].output, bool(frame["layout"].spans)
     if frame["mode"] == PROBE:
         return model(*args, **kwargs)
-    if not probed or frame["mode"] == REUSE:
+    if not probed or (frame["mode"] == ACTION and not computes(frame)):
         frame["entered"] = False
         return at_output(frame, output, lambda: model(*args, **kwargs))
     values = _tensors_of(output, model(*args, **kwargs), frame["sites"][output.name])  # it has decided on the way
@@ -32,11 +32,25 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return _assembled(output, _foreseen(frame, output))
 
 
+def at_part(frame: Frame, path: str, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """A module inside a block, or a forecast of what it returns."""
+    calls = frame["layout"].parts.get(path)
+    if calls is None or frame["mode"] == PROBE:
+        return module(*args, **kwargs)
+    nth = frame["passed"].get(path, 0)
+    frame["passed"][path] = nth + 1
+    if nth >= len(calls):
+        raise StructureError(f"{path} is called more often than at init. Make a new state with step.init.")
+    if frame["mode"] == GRAPH and calls[nth].aliases:
+        ((args, kwargs),) = unaliased(calls[nth].aliases, [(args, dict(kwargs))])
+    return at_output(frame, calls[nth], lambda: module(*args, **kwargs))
+
+
 def at_output(frame: Frame, output: Output, run: Callable[[], Any]) -> Any:
     """What `run` returns, or a forecast of it, where the decision is known."""
     if frame["mode"] == GRAPH:
         return _assembled(output, _either(frame, output, run))
-    if computes(frame):
+    if computes(frame, output.group):
         return _assembled(output, _remembered(frame, output, _tensors_of(output, run(), frame["sites"][output.name])))
     return _assembled(output, _foreseen(frame, output))
 
@@ -51,13 +65,13 @@ def _either(frame: Frame, output: Output, run: Callable[[], Any]) -> list[Tensor
     def reuse():
         return _foreseen(frame, output), states
 
-    values, frame["updated"][output.name] = either(frame["compute"], compute, reuse)
+    values, frame["updated"][output.name] = either(frame["compute"][output.group], compute, reuse)
     return values
 
 
 def _chosen(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
     """Of what was computed and what is forecast, one: for a decision that is made in the midst of the model."""
-    decided: Tensor = frame["compute"]
+    decided: Tensor = frame["compute"][output.group]
 
     def choose(computed: Tensor, other: Tensor) -> Tensor:
         return torch.where(decided.to(other.device), computed, other)
@@ -68,7 +82,8 @@ def _chosen(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
 
 
 def _remembered(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
-    frame["updated"][output.name] = updated(frame, values, frame["sites"][output.name])
+    kept = [value.clone() for value in values] if output.copied else values
+    frame["updated"][output.name] = updated(frame, kept, frame["sites"][output.name])
     return values
 
 
@@ -76,8 +91,8 @@ def _tensors_of(output: Output, out: Any, states: tuple[Any, ...]) -> list[Tenso
     values = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
     if len(values) != len(states):
         raise StructureError(
-            f"The model returns {len(values)} tensors, at init {len(states)}. Make a new state with step.init "
-            "and these arguments."
+            f"At {output.name} come {len(values)} tensors, at init {len(states)}. Make a new state with step.init and "
+            "these arguments."
         )
     for value, state, dtype in zip(values, states, output.dtypes, strict=True):
         check_like(example(state), value, dtype, output.name)
@@ -86,7 +101,8 @@ def _tensors_of(output: Output, out: Any, states: tuple[Any, ...]) -> list[Tenso
 
 def _foreseen(frame: Frame, output: Output) -> list[Tensor]:
     predict, now, states = frame["forecaster"].predict, frame["now"], frame["sites"][output.name]
-    return [predict(state, now).to(dtype) for state, dtype in zip(states, output.dtypes, strict=True)]
+    values = [predict(state, now).to(dtype) for state, dtype in zip(states, output.dtypes, strict=True)]
+    return [value.clone() for value in values] if output.copied and not frame["forecaster"].timed else values
 
 
 def _assembled(output: Output, values: list[Tensor]) -> Any:

@@ -15,7 +15,8 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.errors import CacheError, StructureError
-from cachekit.frames import COMPUTE, PROBE, REUSE, check_reached
+from cachekit.frames import ACTION, PROBE, check_reached
+from cachekit.layout import ALL
 from cachekit.sites import run_framed
 from cachekit.state import State
 
@@ -28,20 +29,20 @@ class Programs:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = _lean(arguments)
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: dict[tuple, Callable[..., Any]] = {}
         self._shadow: Any = None  # the modules that were compiled
 
-    def _program(self, action: str) -> Callable[..., Any]:
+    def _program(self, action: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
         if action not in self._compiled:
-            self._compiled[action] = torch.compile(_fresh(ACTIONS[action]), **self._arguments)
+            self._compiled[action] = torch.compile(_fresh(function), **self._arguments)
         return self._compiled[action]
 
     def run(
         self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
-        if self._shadow is not step.shadow:
-            self._shadow = step.shadow
+        if self._shadow is not step.opened.shadow:
+            self._shadow = step.opened.shadow
             self._compiled.clear()
         names = tuple(state.sites)
         written = step.layout(names).written
@@ -50,17 +51,14 @@ class Programs:
                 f"The model's forward writes to its {written} in place, and a compiled step with a probe runs the "
                 "forward twice. Use torch.compile(step, fullgraph=True), or let the forward write to a copy."
             )
-        now, sums, residual, carried, seen = step.clock(state), None, None, (), moment
+        now, residual, carried, seen = step.clock(state), None, (), moment
         try:
             if step.policy.front:
-                sums, residual, *carried = self._program(PROBE)(step, names, state.reference, args, kwargs)
+                sums, residual, *carried = self._program((PROBE,), _probe)(step, names, state.reference, args, kwargs)
                 moment = Moment(moment.step, moment.timestep, moment.steps, numbers(sums))
-            computed = step.verdict(state, moment)
-            if computed:
-                out, updated, observed = self._program(COMPUTE)(step, names, state.sites, carried, now, args, kwargs)
-                sums = observed if sums is None else sums
-            else:
-                out, updated = self._program(REUSE)(step, names, state.sites, carried, now, args, kwargs), {}
+            verdicts = step.planned(state, moment.step) if step.policy.static else {ALL: step.verdict(state, moment)}
+            program = self._program(tuple(verdicts.values()), _action)
+            out, updated, observed = program(step, names, verdicts, state.sites, carried, now, args, kwargs)
         except Exception as error:
             # A compiler wraps what goes wrong while it traces. Without one the step says it in its own words.
             try:
@@ -68,7 +66,9 @@ class Programs:
             except CacheError as named:
                 raise named from error
             raise
-        return out, step.advance(state, moment, computed, updated, residual, sums)
+        if observed is not None:
+            moment = moment._replace(signal=numbers(observed))
+        return out, step.advance(state, moment, all(verdicts.values()), updated, residual)
 
 
 def _probe(step, names, reference, args, kwargs):
@@ -79,23 +79,13 @@ def _probe(step, names, reference, args, kwargs):
     return torch.stack(frame["sums"]), frame["residual"], frame["carried"], frame["early"]
 
 
-def _compute(step, names, sites, carried, now, args, kwargs):
+def _action(step, names, verdicts, sites, carried, now, args, kwargs):
     layout = step.layout(names)
-    frame = step.frame(COMPUTE, layout, sites, None, now, *carried)
+    frame = step.frame(ACTION, layout, sites, None, now, *carried)
+    frame["compute"] = verdicts
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
-    return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] else None
-
-
-def _reuse(step, names, sites, carried, now, args, kwargs):
-    layout = step.layout(names)
-    frame = step.frame(REUSE, layout, sites, None, now, *carried)
-    out = run_framed(frame, step.shadow, args, kwargs)
-    check_reached(frame)
-    return out
-
-
-ACTIONS = {PROBE: _probe, COMPUTE: _compute, REUSE: _reuse}
+    return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] and frame["sums"] else None
 
 
 def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:

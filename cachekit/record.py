@@ -14,6 +14,9 @@ import torch
 Key: TypeAlias = int | str
 """An argument of a block: its position, or its name where it was passed by keyword."""
 
+KINDS = ("spatial", "temporal", "cross", "mlp")
+"""Kinds of modules inside blocks: self-attention in space and in time, cross-attention, feed-forward network."""
+
 DENOISED = -1
 """The label of whatever was computed from the first argument of the model's forward; the others count down."""
 
@@ -76,10 +79,20 @@ class Early(NamedTuple):
     pure: bool  # whether nothing shows but new tensors that are never written to
 
 
+class Part(NamedTuple):
+    """One call of a module inside a block, or beside the blocks, that could be a site of its own."""
+
+    call: Call
+    kind: str  # one of `KINDS`, or "" for any other module
+    block: int  # index of the block's call it was a part of, -1 for none
+    written: bool  # whether something writes to its result later
+
+
 class Record(NamedTuple):
     """One forward: the calls in order, and which results anything but a block has read."""
 
     calls: tuple[Call, ...]
+    parts: tuple[Part, ...]
     early: tuple[Early, ...]
     outs: tuple[Any, ...]  # of the model: Leaf or Const, flat
     treespec: Any  # of what the model returns

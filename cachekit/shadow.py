@@ -12,12 +12,12 @@ import types
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from cachekit.sites import BlockSite, EarlySite
+from cachekit.sites import BlockSite, EarlySite, PartSite
 
 HOOKS = (
     "_forward_hooks",
@@ -63,15 +63,37 @@ def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
     ]
 
 
-def sites_of(model: nn.Module, blocks: Iterable[str], early: Iterable[str]) -> dict[str, nn.Module]:
-    """A stand-in for each of these modules."""
-    sites = {}
-    for paths, site_class in ((blocks, BlockSite), (early, EarlySite)):
-        for path in paths:
-            module = model.get_submodule(path)
-            sites[path] = stand_in(module, site_class)
-            sites[path].__dict__["_path"] = path
-    return sites
+class Stands(NamedTuple):
+    """A shadow, and what stands in it."""
+
+    root: nn.Module
+    sites: list[nn.Module]
+    blocks: dict[str, nn.Module]  # what the sites of the blocks run: a shell where sites stand in it
+    shells: list[tuple[nn.Module, nn.Module]]  # modules on the way to a site, each with its copy
+
+
+def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), parts: Iterable[str] = ()) -> Stands:
+    """A shadow of a model with a stand-in for each of these modules; parts may stand in blocks and in each other."""
+    sites, runs, pairs = [], {}, []
+    tops: dict[str, nn.Module] = {}  # the outermost ones so far
+    inner_first = sorted(dict.fromkeys(parts), key=lambda path: -path.count("."))
+    planned = [(path, PartSite) for path in inner_first]
+    planned += [(path, BlockSite) for path in blocks] + [(path, EarlySite) for path in early]
+    for path, site_class in planned:
+        module = model.get_submodule(path)
+        below = {name: tops.pop(name) for name in [*tops] if name == path or name.startswith(f"{path}.")}
+        run = below.pop(path, module)
+        if below:
+            within = {name[len(path) + 1 :]: site for name, site in below.items()}
+            run = shadow(module, within)
+            pairs += shells(module, run, within)
+        site = tops[path] = stand_in(module, site_class)
+        site.__dict__.update(_path=path, _run=run)
+        sites.append(site)
+        if site_class is BlockSite:
+            runs[path] = run
+    root = shadow(model, tops)
+    return Stands(root, sites, runs, pairs + shells(model, root, tops))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -147,7 +169,7 @@ def stand_in(block: nn.Module, site_class: type) -> nn.Module:
 
 def take_over(site: nn.Module) -> None:
     """Let a stand-in have the attributes that its block has by now."""
-    kept = (*HOOKS, *PATCHED, "_path", "_block", "_compiled_call_impl")
+    kept = (*HOOKS, *PATCHED, "_path", "_block", "_run", "_compiled_call_impl")
     block: nn.Module = site.__dict__["_block"]
     site.__dict__.update({name: value for name, value in block.__dict__.items() if name not in kept})
 
@@ -206,16 +228,18 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._children = [module._modules for module in model.modules()]
+        children = [module._modules for module in model.modules()]
+        self._parents = [modules for modules in children if modules]
+        self._childless = [modules for modules in children if not modules]
         self._paths = {module: path for path, module in model.named_modules()}
         self._before = self._now()
 
     def _now(self) -> list[nn.Module | None]:
-        return [*chain.from_iterable(map(dict.values, self._children))]
+        return [*chain.from_iterable(map(dict.values, self._parents))]
 
     def changed(self) -> str | None:
         """The first module that was added, removed or replaced, or None."""
-        if self._now() == self._before:
+        if self._now() == self._before and not any(self._childless):
             return None
         now = {module: path for path, module in self._model.named_modules()}
         changed = [path for module, path in now.items() if module not in self._paths]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cachekit.frames import COMPUTE, EAGER, PROBE, RECORD, REUSE, Frame, call_frames
-from cachekit.outputs import whole
+from cachekit.frames import ACTION, EAGER, PROBE, RECORD, Frame, call_frames
+from cachekit.outputs import at_part, whole
 from cachekit.spans import at_block
 
 
@@ -20,31 +20,47 @@ def run_framed(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> 
         stack.pop()
 
 
-class BlockSite:
-    """Stands where a block stood. Mixed into the class of the block, so that it passes for one."""
+class Site:
+    """Mixed into the class of the module that stood there, so that it passes for one."""
 
-    _path: str
-    _block: Any
+    _path: str  # of the module
+    _block: Any  # the module
+    _run: Callable[..., Any]  # what runs in its place: it, or a copy of its shell with sites inside
+
+
+class BlockSite(Site):
+    """Stands where a block stood."""
 
     def forward(self, *args, **kwargs):
         """What the block would return, or what stands in for it."""
         stack = call_frames.stack
         if not stack:
-            return self._block(*args, **kwargs)
+            return self._run(*args, **kwargs)
         frame = stack[-1]
         if frame["mode"] == RECORD:
             return frame["recorder"].call(self, args, kwargs)
         return at_block(frame, self._path, args, kwargs)
 
 
-class EarlySite:
+class PartSite(Site):
+    """Stands where a module inside a block stood: an attention, a feed-forward network."""
+
+    def forward(self, *args, **kwargs):
+        """What the module would return, or a forecast of it."""
+        stack = call_frames.stack
+        if not stack:
+            return self._run(*args, **kwargs)
+        frame = stack[-1]
+        if frame["mode"] == RECORD:
+            return frame["recorder"].part(self, args, kwargs)
+        return at_part(frame, self._path, self._run, args, kwargs)
+
+
+class EarlySite(Site):
     """Stands where a module stood that is called beside the blocks.
 
     What the probe has computed in it, the program after the probe need not compute again.
     """
-
-    _path: str
-    _block: Any
 
     def forward(self, *args, **kwargs):
         """What the module returns."""
@@ -53,9 +69,9 @@ class EarlySite:
         mode = frame["mode"]
         if mode == RECORD:
             return frame["recorder"].beside(self, args, kwargs)
-        if mode in (COMPUTE, REUSE) and self._path in frame["early"]:
+        if mode == ACTION and self._path in frame["early"]:
             return frame["early"][self._path]
-        out = self._block(*args, **kwargs)
+        out = self._run(*args, **kwargs)
         if mode == PROBE and self._path in frame["layout"].early:
             frame["early"][self._path] = out
         return out

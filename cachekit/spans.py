@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from cachekit.arguments import argument, assemble, has, put, result
 from cachekit.branches import either, own, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import COMPUTE, GRAPH, PROBE, REUSE, Frame, check_like, computes, example, misfit, updated
-from cachekit.layout import Span, Stream
+from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, misfit, updated
+from cachekit.layout import ALL, Span, Stream
 from cachekit.record import Const, Key
 
 
@@ -108,7 +108,7 @@ def _values(span: Span, output: Any) -> list[Tensor]:
 
 def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     """The probe: its blocks run, and their residual is measured against that of the last computed step."""
-    if frame["mode"] in (COMPUTE, REUSE) and frame["carried"] is not None:
+    if frame["mode"] == ACTION and frame["carried"] is not None:
         return None, _written(span, calls, list(frame["carried"]))
     bases = _bases(span, calls)
     output = _run(frame, span, calls)
@@ -120,8 +120,8 @@ def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     frame["sums"] = sums
     if frame["mode"] == PROBE:
         frame["carried"] = tuple(values)
-    elif frame["compute"] is None:  # a plan has not decided yet
-        frame["compute"] = frame["decide"](sums)
+    elif not frame["compute"]:  # a plan has not decided yet
+        frame["compute"][ALL] = frame["decide"](sums)
     return output, values
 
 
@@ -133,6 +133,9 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         return None, bases
     if frame["layout"].output is not None:
         return _in_vain(frame, span, calls, bases)
+    if frame["layout"].parts:
+        output = _run(frame, span, calls)
+        return output, _values(span, output)
     states = frame["sites"][span.name]
     if mode == GRAPH:
         return None, _written(span, calls, _branch(frame, span, calls, states, bases))
@@ -154,8 +157,8 @@ def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any,
         return [base.to(stream.dtype) for stream, base in zip(span.streams, bases, strict=True)]
 
     if frame["mode"] == GRAPH:
-        calls = unaliased(span, calls)
-        values = either(frame["compute"], lambda: _values(span, _run(frame, span, own(span, calls))), passed)
+        calls = unaliased(span.aliases, calls)
+        values = either(frame["compute"][ALL], lambda: _values(span, _run(frame, span, own(span, calls))), passed)
         return None, _written(span, calls, values)
     if computes(frame):
         output = _run(frame, span, calls)
@@ -210,7 +213,7 @@ def _add(sums: Any, more: Any) -> Any:
 def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
     """Both ways inside one graph."""
     if span.aliases or span.mutated:
-        calls = unaliased(span, calls)
+        calls = unaliased(span.aliases, calls)
         bases = _bases(span, calls)
     for stream, base, state in zip(span.streams, bases, states, strict=True):
         _check_base(span, stream, base, state)  # before the branches: not every compiler hands on what they raise
@@ -226,7 +229,7 @@ def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: lis
         sums = [torch.full((), torch.nan, device=values[0].device) for _ in range(2)] if frame["observe"] else ()
         return values, states, tuple(sums)
 
-    values, frame["updated"][span.name], sums = either(frame["compute"], compute, reuse)
+    values, frame["updated"][span.name], sums = either(frame["compute"][ALL], compute, reuse)
     if frame["observe"]:
         frame["sums"] = _add(frame["sums"], sums)
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,16 @@ from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, take, trajectory
 from cachekit.errors import ArgumentTypeError, StateError
+from cachekit.explain import explanation
+from cachekit.forecasters import Clock
 from cachekit.frames import EAGER, GRAPH, Frame, check_reached
-from cachekit.layout import Found, Layout
+from cachekit.layout import ALL, Found, Layout
 from cachekit.opening import Opened
 from cachekit.policy import Policy
 from cachekit.programs import Programs, numbers
+from cachekit.record import TensorSpec
 from cachekit.sites import run_framed
-from cachekit.state import State, fresh_log, human_bytes, state_bytes
+from cachekit.state import State, fresh_log
 from cachekit.structure import Chain
 
 
@@ -29,14 +32,26 @@ from cachekit.structure import Chain
 class Plan:
     """The actions of a whole trajectory, known before it starts."""
 
-    computed: tuple[bool, ...]
+    computed: tuple[bool, ...]  # whether a step computes everything
+    kinds: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # the same by kind, where each has its own plan
 
     def __len__(self) -> int:
         return len(self.computed)
 
+    @property
+    def actions(self) -> int:
+        """How many different ways to run a step there are: `step.compile()` makes one program of each."""
+        return len(set(zip(*self.kinds.values(), strict=True))) if self.kinds else len(set(self.computed))
+
     def __str__(self) -> str:
-        pattern = "".join("#" if computed else "." for computed in self.computed)
-        return f"{sum(self.computed)} of {len(self)} steps computed  {pattern}"
+        width = max(map(len, self.kinds), default=0)
+        rows = [f"{sum(self.computed)} of {len(self)} steps computed  {_pattern(self.computed)}"]
+        rows += [f"  {kind:<{width}}  {_pattern(computed)}" for kind, computed in self.kinds.items()]
+        return "\n".join(rows)
+
+
+def _pattern(computed: Sequence[bool]) -> str:
+    return "".join("#" if each else "." for each in computed)
 
 
 class _Trajectory(NamedTuple):
@@ -147,7 +162,8 @@ class CachedStep(nn.Module):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
         self.structure = stated
-        self.opened = Opened(model, policy.front, stated, block_options, output=policy.sites == "output")
+        groups = () if policy.groups == (ALL,) else policy.groups
+        self.opened = Opened(model, policy.front, stated, block_options, sites=policy.sites, groups=groups)
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
@@ -180,23 +196,17 @@ class CachedStep(nn.Module):
         times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
         plan, decider = self._fresh(times)
-        sites, reference = {}, ()
-        for span, residuals in zip(found.layout.spans, found.residuals, strict=True):
-            examples = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in residuals]
-            if span.front:
-                reference = examples[span.main]
-            elif found.layout.output is None:
-                sites[span.name] = tuple(self.policy.forecaster.init(example) for example in examples)
-        if found.layout.output is not None:
-            examples = [torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) for spec in found.output]
-            sites[found.layout.output.name] = tuple(self.policy.forecaster.init(example) for example in examples)
+        sites = {
+            site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
+            for site, specs in zip(found.layout.sites, found.specs, strict=True)
+        }
         computed, signal = fresh_log(len(times))
         state = State(
             step=torch.zeros((), dtype=torch.int64),
             timesteps=times,
             plan=plan,
             decider=decider,
-            reference=reference,
+            reference=_zeros(found.reference) if found.reference is not None else (),
             sites=sites,
             computed=computed,
             signal=signal,
@@ -228,42 +238,25 @@ class CachedStep(nn.Module):
         return _mark(fresh)
 
     def _fresh(self, times: Tensor) -> tuple[Any, Any]:
-        if self.policy.decider.static:
-            return torch.tensor(plan_of(self.policy.decider, times)), ()
-        return (), self.policy.decider.init(times)
+        if self.policy.static:
+            plans = {group: torch.tensor(plan_of(decider, times)) for group, decider in self.policy.deciders.items()}
+            return (plans if self.policy.grouped else plans[ALL]), ()
+        return (), self.policy.deciders[ALL].init(times)
 
     def plan(self, timesteps: int | Sequence[float] | Tensor) -> Plan | None:
         """The actions of a trajectory where they are known beforehand, None where they depend on the data."""
-        if not self.policy.decider.static:
+        if not self.policy.static:
             trajectory(timesteps)
             return None
-        return Plan(plan_of(self.policy.decider, timesteps))
+        plans = {group: plan_of(decider, timesteps) for group, decider in self.policy.deciders.items()}
+        return Plan(tuple(map(all, zip(*plans.values(), strict=True))), plans if self.policy.grouped else {})
 
     def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> str:
         """What would happen, before anything runs: chains, sites, bytes of state, the plan."""
         with torch.no_grad():
             state = self.init(timesteps, *args, device=device, **kwargs)
         found = self._find(args, kwargs, device)
-        rows = [f"{type(self.opened.original).__name__} under {self.policy.name}"]
-        how = "a forward on fake tensors" if found.faked else "one real forward (it branches on data or is patched)"
-        rows.append(f"found by {how}: {len(found.chains)} chains")
-        rows.append(f"leading chain: {found.leader} ({found.reason})")
-        rows += [f"always runs: {entry}" for entry in found.left]
-        rows.append(f"{'site':<58} {'blocks':>6} {'streams':>7} {'state':>10}")
-        spans = [span for span in found.layout.spans if span.front or found.layout.output is None]
-        for span in spans:
-            held = state.reference if span.front else state.sites[span.name]
-            name = f"{span.name} (probe, always runs)" if span.front else span.name
-            size = human_bytes(state_bytes(held))
-            rows.append(f"{name:<58} {len(span.paths):>6} {1 if span.front else len(span.streams):>7} {size:>10}")
-        if found.layout.output is not None:
-            name = found.layout.output.name
-            held = state.sites[name]
-            rows.append(f"{name:<58} {'-':>6} {len(held):>7} {human_bytes(state_bytes(held)):>10}")
-        rows.append(f"total state: {human_bytes(state_bytes(state))} ({state_bytes(state)} bytes)")
-        plan = self.plan(timesteps)
-        rows.append(f"plan: {plan}" if plan else f"plan: none, decided step by step ({self.policy.decider.name})")
-        return "\n".join(rows)
+        return explanation(self, found, state, self.plan(timesteps))
 
     # Running -------------------------------------------------------------------------------------------------
 
@@ -297,26 +290,30 @@ class CachedStep(nn.Module):
     ) -> tuple[Any, State]:
         """One step without a compiler, decided on the way."""
         frame = self.frame(EAGER, layout, state.sites, state.reference, self.clock(state))
-        frame["compute"] = self.verdict(state, moment) if not self.policy.probed else None
+        if self.policy.static:
+            frame["compute"] = self.planned(state, moment.step)
         frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(torch.stack(sums))))
         out = run_framed(frame, self.shadow, args, kwargs)
         check_reached(frame)
-        sums = torch.stack(frame["sums"]) if frame["sums"] is not None else None
-        return out, self.advance(state, moment, bool(frame["compute"]), frame["updated"], frame["residual"], sums)
+        computed = all(frame["compute"].values())
+        if frame["sums"] is not None:
+            moment = moment._replace(signal=numbers(torch.stack(frame["sums"])))
+        return out, self.advance(state, moment, computed, frame["updated"], frame["residual"])
+
+    def planned(self, state: State, index: int) -> dict[str, bool]:
+        """What a static policy does at a step: group of sites -> whether it computes."""
+        plans = state.plan if self.policy.grouped else {ALL: state.plan}
+        return {group: bool(plan[index]) for group, plan in plans.items()}
 
     def verdict(self, state: State, moment: Moment) -> bool:
-        """Whether this step computes. Step 0 does: nothing is cached yet."""
-        if self.policy.decider.static:
-            return bool(state.plan[moment.step])
-        return moment.step == 0 or bool(self.policy.decider.decide(state.decider, moment))
+        """What a policy that looks at a signal does. Step 0 computes: nothing is cached yet."""
+        return moment.step == 0 or bool(self.policy.deciders[ALL].decide(state.decider, moment))
 
-    def advance(self, state: State, moment: Moment, computed: bool, updated, residual, sums) -> State:
+    def advance(self, state: State, moment: Moment, computed: bool, updated, residual) -> State:
         """The next state, on the host. Only what changed is new."""
-        if sums is not None:
-            moment = moment._replace(signal=numbers(sums))
         decider = state.decider
-        if not self.policy.decider.static:
-            decider = self.policy.decider.update(state.decider, moment, computed)
+        if not self.policy.static:
+            decider = self.policy.deciders[ALL].update(state.decider, moment, computed)
         # On small models every operator here is felt. A fresh log says "computed" and NaN already.
         signal = ratio(moment.signal)
         return State(
@@ -350,22 +347,24 @@ class CachedStep(nn.Module):
         )
         policy = self.policy
         frame = self.frame(GRAPH, layout, state.sites, state.reference, self.clock(state))
-        if policy.decider.static:
-            frame["compute"] = take(state.plan, state.step)
+        if policy.static:
+            plans = state.plan if policy.grouped else {ALL: state.plan}
+            frame["compute"] = {group: take(plan, state.step) for group, plan in plans.items()}
 
         def decide(sums):
             seen = moment._replace(signal=_tensors(sums))
-            return (state.step == 0) | policy.decider.decide(state.decider, seen)
+            return (state.step == 0) | policy.deciders[ALL].decide(state.decider, seen)
 
         frame["decide"] = decide
         out = run_framed(frame, self.shadow, args, kwargs)
         check_reached(frame)
-        computed = frame["compute"]
+        verdicts = list(frame["compute"].values())
+        computed = verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).all()
         if frame["sums"] is not None:
             moment = moment._replace(signal=_tensors(frame["sums"]))
         decider, reference = state.decider, state.reference
-        if not policy.decider.static:
-            decider = policy.decider.update(state.decider, moment, computed)
+        if not policy.static:
+            decider = policy.deciders[ALL].update(state.decider, moment, computed)
         if self.policy.front:
             residual = frame["residual"]
             reference = torch.where(computed.to(residual.device), residual, state.reference)
@@ -399,20 +398,24 @@ class CachedStep(nn.Module):
             "carried": carried,
             "early": early if early is not None else {},
             "residual": None,
-            "compute": None,
+            "compute": {},
             "sums": None,
             "updated": {},
             "counts": {},
+            "passed": {},
             "calls": {},
             "handed": {},
         }
 
-    def clock(self, state: State) -> Tensor | None:
-        """The step as forecasters see it: float32, where the cached tensors are."""
+    def clock(self, state: State) -> Clock | None:
+        """The time as forecasters see it, where the cached tensors are."""
         if not self.policy.forecaster.timed:
             return None
-        first = pytree.tree_leaves(state.sites)[0]
-        return state.step.to(device=first.device, dtype=torch.float32)
+        device = pytree.tree_leaves(state.sites)[0].device
+        return Clock(
+            step=state.step.to(device=device, dtype=torch.float32),
+            steps=torch.full((), state.timesteps.shape[0], dtype=torch.float32, device=device),
+        )
 
     def check_state(self, state: State) -> Layout:
         """The layout a state belongs to, or an error that says why it does not belong to this step."""
@@ -504,6 +507,10 @@ def _form_of(state: State) -> Any:
 
 def _form(tree: Any) -> Any:
     return (type(tree), *map(_form, tree)) if isinstance(tree, tuple) else None
+
+
+def _zeros(spec: TensorSpec) -> Tensor:
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
 
 
 def _tensors(sums) -> Sums:

@@ -58,6 +58,8 @@ def build(spec: Spec) -> Decider:
             )
         case ("drift", threshold, inclusive):
             return deciders.drift(threshold, inclusive=inclusive)
+        case ("interval", every, first, offset, end):
+            return deciders.interval(every, warmup=first, offset=offset, cooldown_after=end)
         case (name, *arguments):
             parts = (build(part) if _is_spec(part) else part for part in arguments)
             return getattr(deciders, name)(*parts)
@@ -92,6 +94,9 @@ def computes(rule: Spec, run: Run, trail: list[bool]) -> bool:
             return entries[step]
         case ("warmup", first):
             return step < first
+        case ("interval", every, first, offset, end):
+            regular = step in {first + offset + turn * every for turn in range(-LENGTH, LENGTH + 1)}
+            return step < first or regular or (end is not None and step >= end)
         case ("max_skips", most):
             return skipped >= most
         case ("within", low, high):
@@ -229,6 +234,9 @@ EXTREMES = RATIOS | st.floats(1e-300, 1e300)
 COUNTS = st.integers(0, 4)
 
 DRIFTS = st.tuples(st.just("drift"), THRESHOLDS, st.booleans())
+INTERVALS = st.tuples(
+    st.just("interval"), st.integers(1, 6), st.integers(0, 4), st.integers(-2, 2), st.none() | st.integers(0, LENGTH)
+)
 ENTRIES = st.sampled_from([False, False, False, True])
 MASKS = st.tuples(st.just("mask"), st.lists(ENTRIES, min_size=LENGTH, max_size=LENGTH + 3).map(tuple))
 
@@ -262,7 +270,7 @@ def specs(*leaves: st.SearchStrategy[Spec]) -> st.SearchStrategy[Spec]:
     Not over `always`, which leaves nothing to see of the others, nor over `"log"`: the logarithms of two libraries
     differ in the last bit, so that its ties have no verdict to agree on.
     """
-    return st.recursive(st.one_of(*leaves or (DRIFTS, MASKS, magnitudes("nearest"))), _wrapped, max_leaves=4)
+    return st.recursive(st.one_of(*leaves or (DRIFTS, MASKS, INTERVALS, magnitudes("nearest"))), _wrapped, max_leaves=4)
 
 
 @st.composite

@@ -103,9 +103,28 @@ MUTANTS = (
         "test_deciders.py::test_log_interpolation_conserves_the_product",
     ),
     Mutant(
+        "deciders/_interval.py",
+        "(now.step - warmup - offset) % every == 0",
+        "(now.step - warmup) % every == 0",
+        "test_deciders.py::test_composition_computes_iff_a_rule_demands_it",
+    ),
+    Mutant(
+        "deciders/_interval.py",
+        "verdict | (now.step >= cooldown_after)",
+        "verdict | (now.step > cooldown_after)",
+        "test_deciders.py::test_composition_computes_iff_a_rule_demands_it",
+    ),
+    # The change from a forecast, not from what was computed.
+    Mutant(
+        "forecasters/_two_point.py",
+        "before = forecast(state, now.step - state.last - 1, now) if feedback else state.value",
+        "before = forecast(state, now.step - state.last - 1, now)",
+        "test_forecasters.py::test_two_points_by_a_number",
+    ),
+    Mutant(
         "forecasters/_hold.py",
-        "predict=lambda state, step: state.value,",
-        "predict=lambda state, step: torch.zeros_like(state.value),",
+        "predict=lambda state, now: state.value,",
+        "predict=lambda state, now: torch.zeros_like(state.value),",
         "test_forecasters.py::test_predict_at_the_step_just_updated_is_the_value",
     ),
     # The factorial is gone.
@@ -124,15 +143,15 @@ MUTANTS = (
     ),
     Mutant(
         "forecasters/_newton.py",
-        "product = product * (step - state.nodes[i])",
-        "product = product * (step - state.nodes[i + 1])",
+        "product = product * (now.step - state.nodes[i])",
+        "product = product * (now.step - state.nodes[i + 1])",
         "test_forecasters.py::test_exact_on_lines",
     ),
     # Right on lines, and on curves as long as the spacing is even and the factor is not looked at.
     Mutant(
         "forecasters/_newton.py",
-        "spacing = torch.where(known, step - state.nodes[i], 1.0)",
-        "spacing = torch.where(known, step - state.nodes[0], 1.0)",
+        "spacing = torch.where(known, now.step - state.nodes[i], 1.0)",
+        "spacing = torch.where(known, now.step - state.nodes[0], 1.0)",
         "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
     ),
 )

@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from laws import (
     DRIFTS,
+    INTERVALS,
     LENGTH,
     MASKS,
     RANGES,
@@ -42,9 +43,10 @@ from cachekit import ArgumentError, ArgumentTypeError, MagRatios, deciders
 FLUX = MagRatios.flux().ratios
 NEVER = ("mask", (False,) * LENGTH)  # asks for nothing: what wraps it is seen alone
 ANY = specs()
-STATIC = specs(MASKS, magnitudes("nearest"))
+STATIC = specs(MASKS, INTERVALS, magnitudes("nearest"))
 
 
+@settings(max_examples=300)
 @given(spec=ANY, run=runs())
 def test_composition_computes_iff_a_rule_demands_it(spec, run):
     assert rollout(spec, run).computed == expected(spec, run)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cachekit
 from cachekit import ArgumentError, ArgumentTypeError
-from cachekit.forecasters import Forecaster, hold, newton, taylor
+from cachekit.forecasters import Clock, Forecaster, hold, newton, taylor, two_point
 
 FAMILIES = {"taylor": taylor, "newton": newton}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -67,9 +67,9 @@ def histories(values: st.SearchStrategy = VALUES, least: int = 1) -> st.SearchSt
     )
 
 
-def clock(forecaster: Forecaster, step: float) -> Tensor | None:
-    """The step as the engine shows it."""
-    return torch.tensor(float(step)) if forecaster.timed else None
+def clock(forecaster: Forecaster, step: float, steps: float = 42) -> Clock | None:
+    """The time as the engine shows it."""
+    return Clock(torch.tensor(float(step)), torch.tensor(float(steps))) if forecaster.timed else None
 
 
 def forecast(forecaster: Forecaster, history: History, ahead: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -197,7 +197,7 @@ def test_forecasters_are_pure(config):
         state = updates[0]
         kept = copied(state)
         if now is not None:
-            now.fill_(math.nan)  # the caller's clock is not part of the state
+            now.step.fill_(math.nan)  # the caller's clock is not part of the state
         assert_same(*(forecaster.predict(state, clock(forecaster, step + 3)) for _ in range(2)))
         assert_same(state, kept)
 
@@ -223,9 +223,60 @@ def test_compiled_agrees_and_never_recompiles(config, backend):
     assert all(counter.frame_count <= 1 for counter in counters)
 
 
+def two_points(history: History, weight, steps: int = 42, feedback: bool = False) -> Fraction:
+    """The forecast one step after the last, in fractions, as the paper writes it; with `feedback`, as hooks do."""
+    seen: list[Fraction] = []
+    end = history.steps[-1] + 1
+    values = dict(zip(history.steps, map(Fraction, history.values), strict=True))
+    for step in range(history.steps[0], end + 1):
+        if step in values:
+            seen.append(values[step])
+        elif step == end or feedback:
+            before = seen[-2] if len(seen) > 1 else seen[-1]
+            made = seen[-1] + Fraction(weight(step, steps)) * (seen[-1] - before)
+            if step == end:
+                return made
+            seen.append(made)
+    raise AssertionError
+
+
+@settings(max_examples=60)
+@given(history=histories(LINES.map(lambda line: float(line[0]))), weight=st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5]))
+def test_two_points_by_a_number(history, weight):
+    for feedback in (False, True):
+        wanted = double(two_points(history, lambda step, steps: weight, feedback=feedback))
+        got = forecast(two_point(weight, feedback=feedback), history, 1)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=30)
+@given(history=histories(LINES.map(lambda line: float(line[0]))))
+def test_two_points_by_a_ramp(history):
+    ramp = double(two_points(history, lambda step, steps: Fraction(step, steps - 1)))
+    torch.testing.assert_close(forecast(two_point("ramp"), history, 1), ramp, rtol=1e-6, atol=1e-5)
+    same = forecast(two_point(lambda step, steps: step / (steps - 1)), history, 1)
+    torch.testing.assert_close(same, ramp, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+@pytest.mark.parametrize("feedback", [False, True])
+def test_two_points_keep_their_layout(shape, dtype, feedback):
+    forecaster = two_point(0.3, feedback=feedback)
+    state = forecaster.init(torch.ones(shape, dtype=dtype))
+    first = layout(state)
+    for step in range(0, 8, 2):
+        state = forecaster.update(state, torch.full(shape, float(step), dtype=dtype), clock(forecaster, step))
+        assert layout(state) == first
+        assert layout(forecaster.predict(state, clock(forecaster, step + 1))) == layout(torch.empty(shape, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (lambda: two_point("fast"), ArgumentError, "`weight`.*'fast'"),
+        (lambda: two_point(True), ArgumentError, "`weight`.*True"),
+        (lambda: two_point("ramp", feedback=True), ArgumentError, "`weight`.*feedback.*'ramp'"),
         (lambda: taylor(-1), ArgumentError, "`order`.*-1"),
         (lambda: newton(1.5), ArgumentError, "`order`.*1.5"),
         (lambda: newton(True), ArgumentError, "`order`.*True"),

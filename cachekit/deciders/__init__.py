@@ -3,6 +3,7 @@
 from cachekit.deciders._combine import always, any_of, max_skips, warmup, within
 from cachekit.deciders._decider import Decider, Moment, Sums, plan
 from cachekit.deciders._drift import drift
+from cachekit.deciders._interval import interval
 from cachekit.deciders._magnitude import check_ratios, magnitude_budget
 from cachekit.deciders._mask import mask
 
@@ -14,6 +15,7 @@ __all__ = [
     "any_of",
     "check_ratios",
     "drift",
+    "interval",
     "magnitude_budget",
     "mask",
     "max_skips",

@@ -11,16 +11,22 @@ from torch import Tensor
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
 
+class Clock(NamedTuple):
+    """Where in the trajectory a forecaster is asked: 0-d tensors on the device of the values."""
+
+    step: Tensor  # [] float32, 0-based
+    steps: Tensor  # [] float32, length of the trajectory
+
+
 class Forecaster(NamedTuple):
     """What to return instead of computing.
 
     Attributes:
         name: for tables and error messages.
         init: `init(value) -> state`; only the shape, dtype and device of `value` count. Nothing is known yet.
-        update: `update(state, value, step) -> state`, after `value` was computed at `step`.
-        predict: `predict(state, step) -> value`, with the shape and dtype of the values seen.
-        timed: whether `step` is looked at. It is a 0-d float32 tensor on the device of the value then, and
-            None for a forecaster that does not look.
+        update: `update(state, value, now) -> state`, after `value` was computed.
+        predict: `predict(state, now) -> value`, with the shape and dtype of the values seen.
+        timed: whether `now` is looked at. It is a `Clock` then, and None for a forecaster that does not look.
 
     Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
     leaf is the batch wherever the value's is.
@@ -30,8 +36,9 @@ class Forecaster(NamedTuple):
         >>> f = ck.forecasters.newton(order=1)
         >>> s = f.init(torch.zeros(1))
         >>> for step in (0, 2):
-        ...     s = f.update(s, torch.tensor([10.0 + step]), torch.tensor(float(step)))
-        >>> f.predict(s, torch.tensor(5.0))
+        ...     now = ck.forecasters.Clock(step=torch.tensor(float(step)), steps=torch.tensor(6.0))
+        ...     s = f.update(s, torch.tensor([10.0 + step]), now)
+        >>> f.predict(s, now._replace(step=torch.tensor(5.0)))
         tensor([15.])
     """
 

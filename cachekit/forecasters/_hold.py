@@ -24,7 +24,7 @@ def hold() -> Forecaster:
     return Forecaster(
         name="hold",
         init=lambda value: HoldState(value=torch.zeros_like(value)),
-        update=lambda state, value, step: HoldState(value=value),
-        predict=lambda state, step: state.value,
+        update=lambda state, value, now: HoldState(value=value),
+        predict=lambda state, now: state.value,
         timed=False,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cachekit.forecasters._forecaster import Forecaster, check_order
+from cachekit.forecasters._forecaster import Clock, Forecaster, check_order
 
 
 class NewtonState(NamedTuple):
@@ -42,23 +42,23 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         differences = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
         return NewtonState(differences=differences, nodes=nodes, filled=nodes.new_zeros(()), like=value.new_empty(0))
 
-    def update(state: NewtonState, value: Tensor, step: Tensor) -> NewtonState:
+    def update(state: NewtonState, value: Tensor, now: Clock) -> NewtonState:
         wide = torch.promote_types(value.dtype, torch.float32)
         difference, differences = value.to(wide), []
         for i, before in enumerate(state.differences):
             differences.append(difference.to(before.dtype))
             known = state.filled > i
-            spacing = torch.where(known, step - state.nodes[i], 1.0)
+            spacing = torch.where(known, now.step - state.nodes[i], 1.0)
             difference = torch.where(known, (difference - before.to(wide)) / spacing, 0.0)
-        nodes = torch.cat((step.to(torch.float32).reshape(1), state.nodes[:-1]))
+        nodes = torch.cat((now.step.to(torch.float32).reshape(1), state.nodes[:-1]))
         return NewtonState(differences=tuple(differences), nodes=nodes, filled=state.filled + 1, like=state.like)
 
-    def predict(state: NewtonState, step: Tensor) -> Tensor:
+    def predict(state: NewtonState, now: Clock) -> Tensor:
         first = state.differences[0]
         wide = torch.promote_types(first.dtype, torch.float32)
         total, product = first.to(wide), 1.0
         for i, difference in enumerate(state.differences[1:]):
-            product = product * (step - state.nodes[i]).to(wide)
+            product = product * (now.step - state.nodes[i]).to(wide)
             total = total + difference.to(wide) * product
         return total.to(state.like.dtype)
 

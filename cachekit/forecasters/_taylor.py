@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cachekit.forecasters._forecaster import Forecaster, check_order
+from cachekit.forecasters._forecaster import Clock, Forecaster, check_order
 
 
 class TaylorState(NamedTuple):
@@ -44,9 +44,9 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         factors = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
         return TaylorState(factors=factors, last=zero, filled=zero.clone(), like=value.new_empty(0))
 
-    def update(state: TaylorState, value: Tensor, step: Tensor) -> TaylorState:
+    def update(state: TaylorState, value: Tensor, now: Clock) -> TaylorState:
         wide = torch.promote_types(value.dtype, torch.float32)
-        spacing = step - state.last
+        spacing = now.step - state.last
         factor, factors = value.to(wide), []
         for i, before in enumerate(state.factors):
             factors.append(factor.to(before.dtype))
@@ -55,15 +55,15 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
             factor = torch.where(known, (factor - before.to(wide)) / torch.where(known, spacing, 1.0), 0.0)
         return TaylorState(
             factors=tuple(factors),
-            last=step.to(torch.float32, copy=True),
+            last=now.step.to(torch.float32, copy=True),
             filled=state.filled + 1,
             like=state.like,
         )
 
-    def predict(state: TaylorState, step: Tensor) -> Tensor:
+    def predict(state: TaylorState, now: Clock) -> Tensor:
         first = state.factors[0]
         wide = torch.promote_types(first.dtype, torch.float32)
-        offset = (step - state.last).to(wide)
+        offset = (now.step - state.last).to(wide)
         total, power = first.to(wide), 1.0
         for i, factor in enumerate(state.factors[1:], 1):
             power = power * offset / i

@@ -2,6 +2,16 @@
 
 from cachekit.methods._first_block import first_block_cache
 from cachekit.methods._mag import MagRatios, mag_cache, mag_calibration
+from cachekit.methods._pyramid import pyramid_attention_broadcast
 from cachekit.methods._step_mask import step_mask
+from cachekit.methods._taylorseer import taylorseer
 
-__all__ = ["MagRatios", "first_block_cache", "mag_cache", "mag_calibration", "step_mask"]
+__all__ = [
+    "MagRatios",
+    "first_block_cache",
+    "mag_cache",
+    "mag_calibration",
+    "pyramid_attention_broadcast",
+    "step_mask",
+    "taylorseer",
+]

@@ -1,0 +1,79 @@
+"""Extrapolate from the two last values by a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cachekit.errors import ArgumentError
+from cachekit.forecasters._forecaster import Clock, Forecaster
+
+
+class TwoPointState(NamedTuple):
+    """State of `two_point`."""
+
+    value: Tensor  # [...], as last computed
+    change: Tensor  # [...], to it from the one before; 0 until there are two
+    last: Tensor  # [] float32, step of the last update
+    filled: Tensor  # [] float32, how many updates there were
+
+
+torch.serialization.add_safe_globals([TwoPointState])
+
+
+def two_point(
+    weight: float | str | Callable[[Tensor, Tensor], Any] = 0.5, *, feedback: bool = False, name: str | None = None
+) -> Forecaster:
+    """`x1 + weight * (x1 - x2)` from the last two computed values, however far they lie apart.
+
+    Args:
+        weight: a number; "ramp" for 0 at the first step, rising to 1 at the last; or a function of step and number
+            of steps, both 0-d float32 tensors.
+        feedback: take what was returned in between for the value before: x2 is then the last forecast, and
+            forecasts in a row go on from each other. The weight must be a number.
+        name: for tables.
+
+    Raises:
+        ArgumentError: `weight` is none of these.
+
+    Source: FasterCache, arXiv 2410.19355, section 3.2; `feedback` as in the hooks of diffusers.
+    """
+    numeric = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not numeric and weight != "ramp" and not callable(weight):
+        raise ArgumentError(f'`weight` must be a number, "ramp" or a function of (step, steps), got {weight!r}.')
+    if feedback and not numeric:
+        raise ArgumentError(f"`weight` must be a number with feedback=True, got {weight!r}.")
+
+    def factor(now: Clock) -> Any:
+        if callable(weight):
+            return weight(now.step, now.steps)
+        return now.step / (now.steps - 1).clamp(min=1) if weight == "ramp" else weight
+
+    def forecast(state: TwoPointState, skips: Tensor, now: Clock) -> Tensor:
+        wide = torch.promote_types(state.value.dtype, torch.float32)
+        share = factor(now)
+        if feedback:
+            # Of forecasts that go on from each other each adds `weight` times what the one before added.
+            ratio = torch.full_like(skips, share)
+            share = torch.where(ratio == 1, skips, ratio * (1 - ratio**skips) / torch.where(ratio == 1, 1.0, 1 - ratio))
+        elif isinstance(share, Tensor):
+            share = share.to(wide)
+        return state.value.to(wide) + state.change.to(wide) * share
+
+    def init(value: Tensor) -> TwoPointState:
+        zero = torch.zeros((), dtype=torch.float32, device=value.device)
+        return TwoPointState(torch.zeros_like(value), torch.zeros_like(value), zero, zero.clone())
+
+    def update(state: TwoPointState, value: Tensor, now: Clock) -> TwoPointState:
+        before = forecast(state, now.step - state.last - 1, now) if feedback else state.value
+        change = torch.where(state.filled > 0, value - before.to(value.dtype), 0.0).to(value.dtype)
+        return TwoPointState(value, change, now.step.to(torch.float32, copy=True), state.filled + 1)
+
+    def predict(state: TwoPointState, now: Clock) -> Tensor:
+        return forecast(state, now.step - state.last, now).to(state.value.dtype)
+
+    shown = f"{weight:g}" if numeric else weight if isinstance(weight, str) else "of the step"
+    return Forecaster(name=name or f"two-point {shown}", init=init, update=update, predict=predict, timed=True)
