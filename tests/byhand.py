@@ -127,6 +127,9 @@ def taylor(order: int) -> Callable[[dict[int, Tensor], int], Tensor]:
     return forecast
 
 
+NAMES = {"attention": ("attn", "cross"), "mlp": ("mlp",), "attention+mlp": ("attn", "cross", "mlp")}
+
+
 class Held(nn.Module):
     """A module that is forecast when the cache says so."""
 
@@ -198,11 +201,7 @@ class Cache:
         blocks = list(self.model.blocks)
         front = [Probe(blocks.pop(0), self, threshold)] if threshold is not None else []
         for block in blocks:
-            for name in {
-                "attention": ("attn", "cross"),
-                "mlp": ("mlp",),
-                "attention+mlp": ("attn", "cross", "mlp"),
-            }.get(sites, ()):
+            for name in NAMES.get(sites, ()):
                 setattr(block, name, Held(getattr(block, name), self))
         self.model.blocks = nn.ModuleList([*front, *([Rest(blocks, self)] if sites == "chain" else blocks)])
 
