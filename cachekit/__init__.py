@@ -2,8 +2,10 @@
 
 from cachekit import deciders, forecasters, signals
 from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError
+from cachekit.guidance import Tokens
 from cachekit.methods import (
     MagRatios,
+    faster_cache,
     first_block_cache,
     mag_cache,
     mag_calibration,
@@ -31,8 +33,10 @@ __all__ = [
     "StateError",
     "StructureError",
     "Summary",
+    "Tokens",
     "cache",
     "deciders",
+    "faster_cache",
     "first_block_cache",
     "forecasters",
     "mag_cache",

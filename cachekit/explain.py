@@ -42,6 +42,8 @@ def _sites(found: Found, state: State):
             yield span.name, len(span.paths), len(span.streams), state.sites[span.name]
     if layout.output is not None:
         yield layout.output.name, "-", len(layout.output.dtypes), state.sites[layout.output.name]
+    if layout.guided is not None:
+        yield f"{layout.guided.name} (the unconditional half)", "-", 2, state.sites[layout.guided.name]
     for kind, names in found.kinds.items():
         alike: dict[str, list[str]] = {}
         for name in names:

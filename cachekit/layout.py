@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from cachekit.errors import ArgumentError, StructureError
+from cachekit.guidance import GUIDANCE
 from cachekit.parts import matches
 from cachekit.record import DENOISED, KINDS, Call, Const, Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure import Chain, chains_of, lead, stream_maps
@@ -97,6 +98,7 @@ class Layout(NamedTuple):
 
     spans: tuple[Span, ...]  # with an output or parts, those but the first are not remembered
     output: Output | None  # of the model
+    guided: Output | None  # of the model, where guidance is a site
     parts: dict[str, tuple[Output, ...]]  # module inside a block -> what each of its calls returns
     early: tuple[str, ...]  # modules whose results, computed with the probe, need not be computed again after it
     written: str | None  # an argument or buffer of the model that its forward writes to
@@ -108,17 +110,18 @@ class Layout(NamedTuple):
         if self.output is not None:
             return (self.output,)
         if self.parts:
-            return tuple(itertools.chain.from_iterable(self.parts.values()))
+            parts = tuple(itertools.chain.from_iterable(self.parts.values()))
+            return (*parts, self.guided) if self.guided is not None else parts
         return tuple(span for span in self.spans if not span.front)
 
     def renamed(self, suffix: str) -> Layout:
         """The same under other names."""
         spans = tuple(span._replace(name=span.name + suffix) for span in self.spans)
-        output = self.output and self.output._replace(name=self.output.name + suffix)
+        output, guided = (site and site._replace(name=site.name + suffix) for site in (self.output, self.guided))
         parts = {
             path: tuple(part._replace(name=part.name + suffix) for part in calls) for path, calls in self.parts.items()
         }
-        return self._replace(spans=spans, output=output, parts=parts)
+        return self._replace(spans=spans, output=output, guided=guided, parts=parts)
 
 
 class Found(NamedTuple):
@@ -262,6 +265,7 @@ def lay_out(
     stated: Sequence[Chain] = (),
     sites: Sites = "chain",
     groups: Sequence[str] = (),
+    guided: bool = False,
 ) -> Found:
     """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
 
@@ -271,24 +275,36 @@ def lay_out(
         stated: chains by hand.
         sites: "chain", "output", one of `PARTS`, or patterns of names.
         groups: kinds of parts, where each has a decision of its own; the others always run then.
+        guided: whether guidance is a site too. The record is that of the conditional half then.
 
     Raises:
         StructureError: there is no chain, or nothing to skip in it.
     """
+    output = _output(record.outs, record.treespec, "output")
     if sites == "chain" or front:
         found = _with_chains(record, front, stated, remembered=sites == "chain")
     else:
-        layout = Layout(spans=(), output=None, parts={}, early=(), written=None, roles={})
+        layout = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
         found = Found(layout, (), None, {}, (), "none", "none is needed", (), record.faked)
     if sites == "output":
-        output = _output(record.outs, record.treespec, "output")
         if not output.dtypes:
             raise StructureError(
                 "The model returns no tensor that could be forecast, or keeps it in a class that torch.utils._pytree "
                 'does not know. Return a tensor, a tuple or a dict, or use sites="chain".'
             )
         return found._replace(layout=found.layout._replace(output=output), specs=(_specs(record.outs),))
-    return found if sites == "chain" else _with_parts(found, record, sites, groups)
+    if sites == "chain":
+        return found
+    found = _with_parts(found, record, sites, groups)
+    if not guided:
+        return found
+    if len(output.dtypes) != 1:
+        raise StructureError(
+            f"The model returns {len(output.dtypes)} tensors. With batched guidance it must return one, of which one "
+            "half is answered from the other."
+        )
+    layout = found.layout._replace(guided=output._replace(name=GUIDANCE, group=GUIDANCE))
+    return found._replace(layout=layout, specs=(*found.specs, _specs(record.outs)))
 
 
 def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str]) -> Found:
@@ -427,6 +443,7 @@ def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembe
     layout = Layout(
         spans=tuple(span for span, _, _ in spans),
         output=None,
+        guided=None,
         parts={},
         early=_early(record, spans[0][2]) if spans[0][0].front else (),
         written=record.written,

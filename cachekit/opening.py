@@ -41,12 +41,14 @@ class Opened:
         *,
         sites: Sites = "chain",
         groups: Sequence[str] = (),
+        guided: bool = False,
     ) -> None:
         self.original = unwrap(model)
         self.layouts: dict[tuple[str, ...], Layout] = {}
         self._front = front
         self._sites = sites
         self._groups = tuple(groups)
+        self._guided = guided
         self._stated = stated
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
@@ -99,7 +101,7 @@ class Opened:
                 _refuse(self.original)
                 inside = part_paths(self.original, self._paths, self._sites)
                 record = discover(self.original, self._paths, inside, args, kwargs, device)
-                laid_out = lay_out(record, self._front, self._stated, self._sites, self._groups)
+                laid_out = lay_out(record, self._front, self._stated, self._sites, self._groups, self._guided)
                 found = self._found[signature] = self._register(laid_out)
                 early, parts = set(found.layout.early), set(found.layout.parts)
                 if early - self._early or parts - self._parts:

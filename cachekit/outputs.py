@@ -24,12 +24,48 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     if not probed or (frame["mode"] == ACTION and not computes(frame)):
         frame["entered"] = False
         return at_output(frame, output, lambda: model(*args, **kwargs))
-    values = _tensors_of(output, model(*args, **kwargs), frame["sites"][output.name])  # it has decided on the way
+    values = _tensors_of(frame, output, model(*args, **kwargs))  # it has decided on the way
     if frame["mode"] == GRAPH:
         return _assembled(output, _chosen(frame, output, values))
     if computes(frame):
-        return _assembled(output, _remembered(frame, output, values))
+        _remember(frame, output, values)
+        return _assembled(output, values)
     return _assembled(output, _foreseen(frame, output))
+
+
+def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The model on both halves of a guided batch, or on the conditional half, from which the other is answered."""
+    guidance, output, now = frame["guidance"], frame["layout"].guided, frame["now"]
+    (state,) = frame["sites"][output.name]
+    without, prompted = guidance.halves(args, kwargs)
+    if frame["mode"] == GRAPH:
+        # Branches of one graph have equal shapes: the conditional half always runs by itself.
+        cond = _only(output, model(*prompted[0], **prompted[1]))
+
+        def compute():
+            uncond = _only(output, frame["original"](*without[0], **without[1]))
+            return uncond, guidance.update(state, uncond, cond)
+
+        def reuse():
+            return guidance.predict(state, cond, now.step), state
+
+        uncond, fresh = either(frame["compute"][output.group], compute, reuse)
+        frame["updated"][output.name] = (fresh,)
+    elif computes(frame, output.group):
+        frame["full"] = True
+        uncond, cond = guidance.split(_only(output, model(*args, **kwargs)))
+        frame["updated"][output.name] = (guidance.update(state, uncond, cond),)
+    else:
+        cond = _only(output, model(*prompted[0], **prompted[1]))
+        uncond = guidance.predict(state, cond, now.step)
+    check_like(state.low, cond, output.dtypes[0], output.name)
+    return _assembled(output, [guidance.join(uncond, cond)])
+
+
+def _only(output: Output, out: Any) -> Tensor:
+    """The one tensor that a guided model returns."""
+    (value,) = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return value
 
 
 def at_part(frame: Frame, path: str, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -51,7 +87,9 @@ def at_output(frame: Frame, output: Output, run: Callable[[], Any]) -> Any:
     if frame["mode"] == GRAPH:
         return _assembled(output, _either(frame, output, run))
     if computes(frame, output.group):
-        return _assembled(output, _remembered(frame, output, _tensors_of(output, run(), frame["sites"][output.name])))
+        out = run()
+        _remember(frame, output, _tensors_of(frame, output, out))
+        return out
     return _assembled(output, _foreseen(frame, output))
 
 
@@ -59,7 +97,7 @@ def _either(frame: Frame, output: Output, run: Callable[[], Any]) -> list[Tensor
     states = frame["sites"][output.name]
 
     def compute():
-        values = _tensors_of(output, run(), states)
+        values = _tensors_of(frame, output, run())
         return values, updated(frame, values, states)
 
     def reuse():
@@ -81,19 +119,22 @@ def _chosen(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
     return [choose(*pair) for pair in zip(values, _foreseen(frame, output), strict=True)]
 
 
-def _remembered(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
+def _remember(frame: Frame, output: Output, values: list[Tensor]) -> None:
     kept = [value.clone() for value in values] if output.copied else values
     frame["updated"][output.name] = updated(frame, kept, frame["sites"][output.name])
-    return values
 
 
-def _tensors_of(output: Output, out: Any, states: tuple[Any, ...]) -> list[Tensor]:
+def _tensors_of(frame: Frame, output: Output, out: Any) -> list[Tensor]:
+    """What is remembered of what a module returned: of both halves of a guided batch the conditional one."""
+    states = frame["sites"][output.name]
     values = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
     if len(values) != len(states):
         raise StructureError(
             f"At {output.name} come {len(values)} tensors, at init {len(states)}. Make a new state with step.init and "
             "these arguments."
         )
+    if frame["full"]:
+        values = [frame["guidance"].split(value)[1] for value in values]
     for value, state, dtype in zip(values, states, output.dtypes, strict=True):
         check_like(example(state), value, dtype, output.name)
     return values

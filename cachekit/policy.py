@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cachekit.deciders import Decider, Sums
+from cachekit.deciders import Decider, Sums, any_of
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
+from cachekit.guidance import GUIDANCE, Guidance
 from cachekit.layout import ALL, PARTS, Sites
 from cachekit.parts import patterns_of
 from cachekit.record import KINDS
@@ -39,6 +40,8 @@ class Policy:
             they need. "attention", "mlp", "attention+mlp": what these modules inside the blocks return, found by what
             they do. Or a tuple of regular expressions: what modules return whose whole name matches one; or such a
             tuple for each kind.
+        guidance: how the unconditional half of the batch is left out, where it is. The modules inside the blocks
+            then compute on every full step, and remember the conditional half.
         deciders: the deciders by group of sites: by kind, or one for "all".
         static: whether all is known before the first step.
 
@@ -63,12 +66,18 @@ class Policy:
     signal: Callable[[Tensor, Tensor], Sums] | None = None
     front: int = 0
     sites: Sites = "chain"
+    guidance: Guidance | None = None
     deciders: dict[str, Decider] = field(init=False, repr=False, compare=False)
     static: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_sites(self.sites)
         given = dict(self.decider) if isinstance(self.decider, Mapping) else {ALL: self.decider}
+        if self.guidance is not None:
+            if not self.grouped or self.front:
+                raise ArgumentError("`guidance` goes with deciders by kind of module, and front=0.")
+            given = {group: any_of(self.guidance.decider, decider) for group, decider in given.items()}
+            given[GUIDANCE] = self.guidance.decider
         # Worked out once: a step on the host asks for them.
         object.__setattr__(self, "deciders", given)
         object.__setattr__(self, "static", all(getattr(decider, "static", True) for decider in given.values()))
@@ -77,7 +86,7 @@ class Policy:
                 raise ArgumentTypeError(
                     f"`decider` must be a Decider, got {type(decider).__name__}. Use a factory of cachekit.deciders."
                 )
-            if self.grouped and group not in KINDS:
+            if self.grouped and group not in (*KINDS, GUIDANCE):
                 raise ArgumentError(f"`decider` has the kind {group!r}. The kinds are {', '.join(map(repr, KINDS))}.")
             if self.grouped and not decider.static:
                 raise ArgumentError(
@@ -117,8 +126,8 @@ class Policy:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of sites that are decided upon."""
-        return tuple(self.deciders)
+        """The groups of sites inside the model that are decided upon."""
+        return tuple(group for group in self.deciders if group != GUIDANCE)
 
     @property
     def probed(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cachekit.frames import ACTION, EAGER, PROBE, RECORD, Frame, call_frames
-from cachekit.outputs import at_part, whole
+from cachekit.outputs import at_part, guided, whole
 from cachekit.spans import at_block
 
 
@@ -15,7 +15,11 @@ def run_framed(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> 
     stack = call_frames.stack
     stack.append(frame)
     try:
-        return module(*args, **kwargs) if frame["layout"].output is None else whole(frame, module, args, kwargs)
+        if frame["layout"].output is not None:
+            return whole(frame, module, args, kwargs)
+        if frame["layout"].guided is not None:
+            return guided(frame, module, args, kwargs)
+        return module(*args, **kwargs)
     finally:
         stack.pop()
 

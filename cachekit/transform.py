@@ -18,6 +18,7 @@ from cachekit.errors import ArgumentTypeError, StateError
 from cachekit.explain import explanation
 from cachekit.forecasters import Clock
 from cachekit.frames import EAGER, GRAPH, Frame, check_reached
+from cachekit.guidance import GUIDANCE, GuidanceState
 from cachekit.layout import ALL, Found, Layout
 from cachekit.opening import Opened
 from cachekit.policy import Policy
@@ -163,7 +164,15 @@ class CachedStep(nn.Module):
         self.policy = policy
         self.structure = stated
         groups = () if policy.groups == (ALL,) else policy.groups
-        self.opened = Opened(model, policy.front, stated, block_options, sites=policy.sites, groups=groups)
+        self.opened = Opened(
+            model,
+            policy.front,
+            stated,
+            block_options,
+            sites=policy.sites,
+            groups=groups,
+            guided=policy.guidance is not None,
+        )
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
@@ -171,6 +180,8 @@ class CachedStep(nn.Module):
         self._known: _Trajectory | None = None
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        if self.policy.guidance is not None:
+            args, kwargs = self.policy.guidance.halves(args, kwargs)[1]
         found = self.opened.find(args, kwargs, device)
         if self.shadow is not self.opened.shadow:
             self.shadow = self.opened.shadow
@@ -199,7 +210,10 @@ class CachedStep(nn.Module):
         sites = {
             site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
             for site, specs in zip(found.layout.sites, found.specs, strict=True)
+            if site is not found.layout.guided
         }
+        if found.layout.guided is not None:
+            sites[found.layout.guided.name] = self._guide(_zeros(found.specs[-1][0]), times, plan)
         computed, signal = fresh_log(len(times))
         state = State(
             step=torch.zeros((), dtype=torch.int64),
@@ -221,17 +235,22 @@ class CachedStep(nn.Module):
             state: any state of this step.
             timesteps: of the new trajectory; None for those of `state`.
         """
-        self.check_state(state)
+        layout = self.check_state(state)
         times = trajectory(state.timesteps if timesteps is None else timesteps)
         plan, decider = self._fresh(times)
         computed, signal = fresh_log(len(times))
+        sites = pytree.tree_map(torch.zeros_like, state.sites)
+        guided = layout.guided
+        if guided is not None:
+            (before,) = state.sites[guided.name]
+            sites[guided.name] = self._guide(before.low.to(guided.dtypes[0]), times, plan)
         fresh = State(
             step=torch.zeros_like(state.step),
             timesteps=times,
             plan=plan,
             decider=decider,
             reference=pytree.tree_map(torch.zeros_like, state.reference),
-            sites=pytree.tree_map(torch.zeros_like, state.sites),
+            sites=sites,
             computed=computed,
             signal=signal,
         )
@@ -242,6 +261,11 @@ class CachedStep(nn.Module):
             plans = {group: torch.tensor(plan_of(decider, times)) for group, decider in self.policy.deciders.items()}
             return (plans if self.policy.grouped else plans[ALL]), ()
         return (), self.policy.deciders[ALL].init(times)
+
+    def _guide(self, cond: Tensor, times: Tensor, plan: Any) -> tuple[Any]:
+        guidance = self.policy.guidance
+        assert guidance is not None
+        return (guidance.init(cond, times.tolist(), plan[GUIDANCE].tolist()),)
 
     def plan(self, timesteps: int | Sequence[float] | Tensor) -> Plan | None:
         """The actions of a trajectory where they are known beforehand, None where they depend on the data."""
@@ -390,6 +414,9 @@ class CachedStep(nn.Module):
             "blocks": self.opened.blocks,
             "forecaster": policy.forecaster,
             "signal": policy.signal,
+            "guidance": policy.guidance,
+            "original": self.opened.original,
+            "full": False,
             "entered": True,
             "observe": policy.signal is not None and not policy.front,
             "sites": sites,
@@ -409,7 +436,7 @@ class CachedStep(nn.Module):
 
     def clock(self, state: State) -> Clock | None:
         """The time as forecasters see it, where the cached tensors are."""
-        if not self.policy.forecaster.timed:
+        if not self.policy.forecaster.timed and self.policy.guidance is None:
             return None
         device = pytree.tree_leaves(state.sites)[0].device
         return Clock(
@@ -520,7 +547,9 @@ def _tensors(sums) -> Sums:
 
 def _mark(state: State) -> State:
     """Let the length of the trajectory be dynamic, so that another number of steps is the same graph."""
-    for log in (state.timesteps, state.computed, state.signal, *pytree.tree_leaves((state.plan, state.decider))):
-        if log.ndim == 1 and len(log) > 1:
+    logs = [state.timesteps, state.computed, state.signal, *pytree.tree_leaves((state.plan, state.decider))]
+    logs += [kept.weights for site in state.sites.values() for kept in site if isinstance(kept, GuidanceState)]
+    for log in logs:
+        if log.ndim >= 1 and len(log) > 1:
             torch._dynamo.maybe_mark_dynamic(log, 0)
     return state

@@ -1,5 +1,6 @@
 """One paper a file: a signal, a decider, a forecaster, the defaults and the departures."""
 
+from cachekit.methods._faster_cache import faster_cache
 from cachekit.methods._first_block import first_block_cache
 from cachekit.methods._mag import MagRatios, mag_cache, mag_calibration
 from cachekit.methods._pyramid import pyramid_attention_broadcast
@@ -8,6 +9,7 @@ from cachekit.methods._taylorseer import taylorseer
 
 __all__ = [
     "MagRatios",
+    "faster_cache",
     "first_block_cache",
     "mag_cache",
     "mag_calibration",
