@@ -43,6 +43,7 @@ class GuidanceState(NamedTuple):
     low: Tensor  # [...] float32, low frequencies of unconditional minus conditional
     high: Tensor  # [...] float32, the rest of it
     weights: Tensor  # [T, 2] float32, of low and high at every step
+    cond: Tensor  # [...] of the conditional call of this step, where the other one is a call of its own; else [0]
 
 
 torch.serialization.add_safe_globals([GuidanceState])
@@ -57,12 +58,14 @@ class Guidance:
         weigh: `weigh(timesteps, computed) -> [T, 2]`: the weights of low and high at every step.
         layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `Tokens`.
         cond_first: whether the batch is [cond, uncond]; else [uncond, cond].
+        separate: whether the unconditional half is a call of its own, `step.uncond`.
     """
 
     decider: Decider
     weigh: Callable[[Sequence[float], Sequence[bool]], list[tuple[float, float]]]
     layout: str | Tokens = "BCFHW"
     cond_first: bool = False
+    separate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, Tokens) and self.layout not in LAYOUTS:
@@ -107,13 +110,14 @@ class Guidance:
         self._check(cond)
         weights = torch.tensor(self.weigh(times, computed), dtype=torch.float32, device=cond.device)
         zeros = torch.zeros_like(cond, dtype=torch.float32)
-        return GuidanceState(low=zeros, high=zeros.clone(), weights=weights)
+        kept = torch.zeros_like(cond) if self.separate else cond.new_empty(0)
+        return GuidanceState(low=zeros, high=zeros.clone(), weights=weights, cond=kept)
 
     def update(self, state: GuidanceState, uncond: Tensor, cond: Tensor) -> GuidanceState:
         """The state after a full step."""
         added = uncond.detach().float() - cond.detach().float()
         low = self._low(added)
-        return GuidanceState(low=low, high=added - low, weights=state.weights)
+        return state._replace(low=low.contiguous(), high=(added - low).contiguous())
 
     def predict(self, state: GuidanceState, cond: Tensor, step: Tensor) -> Tensor:
         """The unconditional half at a step, float32 or not as `cond` is."""

@@ -37,6 +37,12 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """The model on both halves of a guided batch, or on the conditional half, from which the other is answered."""
     guidance, output, now = frame["guidance"], frame["layout"].guided, frame["now"]
     (state,) = frame["sites"][output.name]
+    if guidance.separate:
+        out = model(*args, **kwargs)
+        cond = _only(output, out)
+        check_like(state.low, cond, output.dtypes[0], output.name)
+        frame["updated"][output.name] = (state._replace(cond=cond.detach().clone()),)
+        return out
     without, prompted = guidance.halves(args, kwargs)
     if frame["mode"] == GRAPH:
         # Branches of one graph have equal shapes: the conditional half always runs by itself.
@@ -60,6 +66,27 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         uncond = guidance.predict(state, cond, now.step)
     check_like(state.low, cond, output.dtypes[0], output.name)
     return _assembled(output, [guidance.join(uncond, cond)])
+
+
+def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """The unconditional call of a step whose conditional one is done: the model itself, or the answer from that."""
+    guidance, output, now = frame["guidance"], frame["layout"].guided, frame["now"]
+    (state,) = frame["sites"][output.name]
+
+    def compute():
+        uncond = _only(output, model(*args, **kwargs))
+        check_like(state.low, uncond, output.dtypes[0], output.name)
+        return uncond, guidance.update(state, uncond, state.cond)
+
+    def reuse():
+        return guidance.predict(state, state.cond, now.step), state
+
+    if frame["mode"] == GRAPH:
+        uncond, fresh = either(frame["compute"][output.group], compute, reuse)
+    else:
+        uncond, fresh = compute() if computes(frame, output.group) else reuse()
+    frame["updated"][output.name] = (fresh,)
+    return _assembled(output, [uncond])
 
 
 def _only(output: Output, out: Any) -> Tensor:

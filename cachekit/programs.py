@@ -17,6 +17,7 @@ from cachekit.deciders import Moment, Sums
 from cachekit.errors import CacheError, StructureError
 from cachekit.frames import ACTION, PROBE, check_reached
 from cachekit.layout import ALL
+from cachekit.outputs import unconditional
 from cachekit.sites import run_framed
 from cachekit.state import State
 
@@ -69,6 +70,17 @@ class Programs:
         if observed is not None:
             moment = moment._replace(signal=numbers(observed))
         return out, step.advance(state, moment, all(verdicts.values()), updated, residual)
+
+    def uncond(self, step: CachedStep, state: State, full: dict[str, bool], now, args, kwargs) -> tuple[Any, Any]:
+        """The unconditional call of a step."""
+        program = self._program(("uncond", *full.values()), _uncond)
+        return program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
+
+
+def _uncond(step, names, full, sites, now, args, kwargs):
+    frame = step.frame(ACTION, step.layout(names), sites, None, now)
+    frame["compute"] = full
+    return unconditional(frame, step.opened.original, args, kwargs), frame["updated"]
 
 
 def _probe(step, names, reference, args, kwargs):

@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, take, trajectory
-from cachekit.errors import ArgumentTypeError, StateError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
 from cachekit.explain import explanation
 from cachekit.forecasters import Clock
 from cachekit.frames import EAGER, GRAPH, Frame, check_reached
 from cachekit.guidance import GUIDANCE, GuidanceState
 from cachekit.layout import ALL, Found, Layout
 from cachekit.opening import Opened
+from cachekit.outputs import unconditional
 from cachekit.policy import Policy
 from cachekit.programs import Programs, numbers
 from cachekit.record import TensorSpec
@@ -180,7 +181,7 @@ class CachedStep(nn.Module):
         self._known: _Trajectory | None = None
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
-        if self.policy.guidance is not None:
+        if self.policy.guidance is not None and not self.policy.guidance.separate:
             args, kwargs = self.policy.guidance.halves(args, kwargs)[1]
         found = self.opened.find(args, kwargs, device)
         if self.shadow is not self.opened.shadow:
@@ -308,6 +309,45 @@ class CachedStep(nn.Module):
         if self._programs is not None:
             return self._programs.run(self, state, moment, args, kwargs)
         return self.run_eagerly(known.layout, state, moment, args, kwargs)
+
+    def uncond(self, state: State, /, *args, **kwargs) -> tuple[Any, State]:
+        """The unconditional call of a step, after its conditional one: for `faster_cache(cfg="separate")`.
+
+        Args:
+            state: what `step(state, ...)` has just returned for the conditional arguments.
+            *args, **kwargs: the unconditional arguments.
+
+        Returns:
+            What the model returns for them, or an answer from the conditional output; and the next state.
+
+        Raises:
+            ArgumentError: the policy has no unconditional call of its own.
+            StateError: no conditional call came before, or the state was made for other shapes.
+        """
+        guidance = self.policy.guidance
+        if guidance is None or not guidance.separate:
+            raise ArgumentError(
+                f'`uncond` is for policies with a call of its own for the unconditional half, cfg="separate"; '
+                f"{self.policy.name} has none. Call step(state, ...)."
+            )
+        if torch.compiler.is_compiling():
+            layout, before = self.layout(tuple(state.sites)), state._replace(step=state.step - 1)
+            frame = self.frame(GRAPH, layout, state.sites, (), self.clock(before))
+            frame["compute"] = {GUIDANCE: take(state.plan[GUIDANCE], before.step)}
+            out = unconditional(frame, self.opened.original, args, kwargs)
+            return out, state._replace(sites={**state.sites, **frame["updated"]})
+        layout, index = self._trajectory(state).layout, int(state.step) - 1
+        if index < 0:
+            raise StateError("`state` has done no step. Call step(state, ...) with the conditional arguments first.")
+        now = self.clock(state._replace(step=state.step - 1))
+        full = {GUIDANCE: bool(state.plan[GUIDANCE][index])}
+        if self._programs is not None:
+            out, updated = self._programs.uncond(self, state, full, now, args, kwargs)
+        else:
+            frame = self.frame(EAGER, layout, state.sites, (), now)
+            frame["compute"] = full
+            out, updated = unconditional(frame, self.opened.original, args, kwargs), frame["updated"]
+        return out, state._replace(sites={**state.sites, **updated})
 
     def run_eagerly(
         self, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]

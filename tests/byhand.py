@@ -127,7 +127,7 @@ def taylor(order: int) -> Callable[[dict[int, Tensor], int], Tensor]:
     return forecast
 
 
-NAMES = {"attention": ("attn", "cross"), "mlp": ("mlp",), "attention+mlp": ("attn", "cross", "mlp")}
+NAMES = {"self": ("attn",), "attention": ("attn", "cross"), "mlp": ("mlp",), "attention+mlp": ("attn", "cross", "mlp")}
 
 
 class Held(nn.Module):

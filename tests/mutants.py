@@ -63,7 +63,7 @@ MUTANTS = (
         "deciders/_combine.py",
         "return tuple(decider.update(inner, now, computed) for decider, inner in pairs)",
         "return tuple(decider.update(inner, now, decider.decide(inner, now)) for decider, inner in pairs)",
-        "test_deciders.py::test_composition_computes_iff_a_rule_demands_it",
+        "test_deciders.py::test_any_of_computes_iff_one_does_and_tells_all",
     ),
     Mutant(
         "deciders/_decider.py",

@@ -1,4 +1,4 @@
-"""TaylorSeer and Pyramid Attention Broadcast against the live hooks of diffusers: equal modules run, equal outputs.
+"""Methods on modules inside the blocks against the live hooks of diffusers: equal modules run, equal outputs.
 
 And where the hooks look in vain: attention that their names do not match.
 """
@@ -14,8 +14,10 @@ import pytest
 import torch
 import zoo
 from diffusers.hooks import (
+    FasterCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
+    apply_faster_cache,
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
@@ -34,6 +36,7 @@ ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
     pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning"),
 ]
 
@@ -79,9 +82,11 @@ def sample(model: nn.Module, call: Callable[[int], Any]) -> Sampled:
     return sampled
 
 
-def hooked(name: str, apply: Callable[[nn.Module, Any], Any], config: Any) -> Sampled:
+def hooked(
+    name: str, apply: Callable[[nn.Module, Any], Any], config: Any, wrap: Callable = lambda specimen: specimen
+) -> Sampled:
     """The model under the hooks of diffusers."""
-    specimen, now = zoo.specimen(name), [0.0]
+    specimen, now = wrap(zoo.specimen(name)), [0.0]
     if hasattr(config, "current_timestep_callback"):
         config.current_timestep_callback = lambda: now[0]
     apply(specimen.model, config)
@@ -94,9 +99,9 @@ def hooked(name: str, apply: Callable[[nn.Module, Any], Any], config: Any) -> Sa
     return sample(specimen.model, call)
 
 
-def cached(name: str, policy: ck.Policy) -> Sampled:
+def cached(name: str, policy: ck.Policy, wrap: Callable = lambda specimen: specimen) -> Sampled:
     """The model under ours."""
-    specimen = zoo.specimen(name)
+    specimen = wrap(zoo.specimen(name))
     step = ck.cache(specimen.model, policy)
     state = step.init(TIMES, **specimen.inputs(0))
 
@@ -208,6 +213,68 @@ def test_attention_that_the_names_of_diffusers_miss_is_found(name):
     assert all(names == theirs.ran[0] for names in theirs.ran)  # nothing was ever left out
     ours = cached(name, ck.taylorseer(3, warmup=2, semantics="diffusers"))
     assert ours.ran[0] == theirs.ran[0] and ours.ran[2] == frozenset()
+
+
+def both_halves(specimen: zoo.Specimen) -> zoo.Specimen:
+    """With a batch of an unconditional and a conditional half, which differ in the prompt alone."""
+
+    def inputs(step: int) -> dict[str, Any]:
+        given, batch = specimen.inputs(step), specimen.inputs(step)["hidden_states"].shape[0]
+        made = {}
+        for name, value in given.items():
+            halved = isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
+            other = 0.3 * value if name == "encoder_hidden_states" else value
+            made[name] = torch.cat((other, value)) if halved else value
+        return made
+
+    return specimen._replace(inputs=inputs)
+
+
+def swapped(specimen: zoo.Specimen) -> zoo.Specimen:
+    """The conditional half first."""
+
+    def inputs(step: int) -> dict[str, Any]:
+        given = both_halves(specimen).inputs(step)
+        batch = given["hidden_states"].shape[0]
+        return {
+            name: torch.cat(value.chunk(2)[::-1])
+            if isinstance(value, Tensor) and value.shape[:1] == (batch,)
+            else value
+            for name, value in given.items()
+        }
+
+    return specimen._replace(inputs=inputs)
+
+
+def faster(**more: Any) -> Any:
+    return FasterCacheConfig(spatial_attention_timestep_skip_range=(-1, 901), **more)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("name", ["Flux", "QwenImage", "HunyuanVideo"])
+def test_faster_cache_without_guidance(name, every):
+    config = faster(is_guidance_distilled=True, spatial_attention_block_skip_range=every)
+    theirs = hooked(name, apply_faster_cache, config)
+    policy = ck.faster_cache(every, attention_range=(-1, 901), cfg=None, semantics="diffusers")
+    assert_alike(cached(name, policy), theirs)
+
+
+@pytest.mark.parametrize(("attention", "uncond"), [(2, 5), (3, 4), (2, 3)])
+@pytest.mark.parametrize(("name", "layout"), [("Wan", "BCFHW"), ("CogVideoX", "BFCHW"), ("Latte", "BCFHW")])
+def test_faster_cache_with_both_halves(name, layout, attention, uncond):
+    config = faster(
+        tensor_format=layout,
+        spatial_attention_block_skip_range=attention,
+        unconditional_batch_skip_range=uncond,
+        unconditional_batch_timestep_skip_range=(-1, 970),
+    )
+    theirs = hooked(name, apply_faster_cache, config, both_halves)
+    more = {"attention_range": (-1, 901), "uncond_range": (-1, 970), "layout": layout, "semantics": "diffusers"}
+    assert_alike(cached(name, ck.faster_cache(attention, uncond=uncond, **more), both_halves), theirs)
+    # The other order of the batch is the same answer in the other order.
+    other = cached(name, ck.faster_cache(attention, uncond=uncond, cfg="batched_cond_first", **more), swapped)
+    turned = [[torch.cat(tensor.chunk(2)[::-1]) for tensor in tensors] for tensors in other.outputs]
+    assert_alike(other._replace(outputs=turned), theirs)
 
 
 @pytest.mark.parametrize("name", list(zoo.BUILDERS))

@@ -18,7 +18,7 @@ from cachekit.methods._first_block import check_semantics
 from cachekit.methods._pyramid import Range, broadcast
 from cachekit.policy import Policy
 
-CFG = ("batched", "batched_cond_first", None)
+CFG = ("batched", "batched_cond_first", "separate", None)
 LISTS = (r"(single_|)(transformer_|)blocks\..*attn.*",)
 """Where the hooks of diffusers look for self-attention."""
 
@@ -54,8 +54,8 @@ def faster_cache(
             `alpha_high`; elsewhere by 1.
         alpha_low, alpha_high: None for 1.2 under "paper", 1.1 under "diffusers", where they compound over reused steps.
         layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `cachekit.Tokens(frames, height, width)`.
-        cfg: "batched" for a batch [uncond, cond], "batched_cond_first" for [cond, uncond], None for a model without
-            (guidance-distilled): then only attention is left out.
+        cfg: "batched" for a batch [uncond, cond]; "batched_cond_first" for [cond, uncond]; "separate" for two calls a
+            step, see below; None for a model without guidance (distilled): then only attention is left out.
         semantics: "paper", or "diffusers", whose hooks leave temporal attention alone, take a forecast for the value
             before the next one, and let the weights compound.
 
@@ -67,6 +67,38 @@ def faster_cache(
         >>> policy = ck.faster_cache(cfg=None, attention_range=(0, 900))
         >>> ck.deciders.plan(policy.deciders["spatial"], [950, 850, 750, 650, 550])
         (True, False, True, False, True)
+
+        With two calls a step the state is passed from the conditional one to the unconditional one, by value:
+
+        >>> import torch
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        ...     def forward(self, x, text):
+        ...         return x + self.attn(x, x, x)[0] + text.mean(1, keepdim=True)
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+        ...     def forward(self, x, t, text):
+        ...         for block in self.blocks:
+        ...             x = block(x, text)
+        ...         return x * t
+        >>> x, prompt, nothing = torch.randn(1, 12, 8), torch.randn(1, 5, 8), torch.zeros(1, 1, 8)
+        >>> timesteps = torch.linspace(1000, 100, 10)
+        >>> step = ck.cache(Model(), ck.faster_cache(cfg="separate", layout=ck.Tokens(1, 3, 4)))
+        >>> with torch.no_grad():
+        ...     state = step.init(timesteps, x, timesteps[0] / 1000, prompt)
+        ...     for t in timesteps / 1000:
+        ...         cond, state = step(state, x, t, prompt)
+        ...         uncond, state = step.uncond(state, x, t, nothing)
+        ...         x = x - 0.1 * (uncond + 3.0 * (cond - uncond))
+        >>> print(step.plan(timesteps))  # no attention is left out where both calls run
+        5 of 10 steps computed  ####.#....
+          spatial   #######.#.
+          temporal  #######.#.
+          guidance  ####.#....
     """
     check_semantics(semantics)
     if cfg not in CFG:
@@ -85,6 +117,7 @@ def faster_cache(
             weigh=_weights((low_range, high_range), alphas, compounding=theirs),
             layout=layout,
             cond_first=cfg == "batched_cond_first",
+            separate=cfg == "separate",
         )
     shown = f"attention {attention}" + ("" if cfg is None else f", uncond {uncond}")
     return Policy(
