@@ -1,0 +1,91 @@
+"""Methods on modules inside the blocks: one program an action, or one graph, and nothing compiles twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from test_compiled import error, spec
+from test_module_parity import both_halves
+from torch._dynamo.utils import counters
+
+import cachekit as ck
+
+STEPS = 50
+LAYOUTS = {"SD3": "BCHW", "Wan": "BCFHW", "CogVideoX": "BFCHW"}
+CLASSES = ("Flux", *LAYOUTS)
+METHODS = ("taylorseer", "pyramid_attention_broadcast", "faster_cache")
+
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),
+]
+
+
+def setup(name: str, method: str) -> tuple[zoo.Specimen, ck.Policy]:
+    """A model with its inputs, and a policy that leaves different modules out in different steps."""
+    specimen = zoo.specimen(name)
+    if method == "taylorseer":
+        return specimen, ck.taylorseer(4, warmup=2, order=2)
+    if method == "pyramid_attention_broadcast":
+        return specimen, ck.pyramid_attention_broadcast(2, None, 3, spatial_range=(100, 900))
+    if name not in LAYOUTS:
+        return specimen, ck.faster_cache(cfg=None, attention_range=(-1, 900))
+    return both_halves(specimen), ck.faster_cache(layout=LAYOUTS[name], uncond_range=(-1, 900))
+
+
+def run(step, init, specimen: zoo.Specimen, steps: int) -> tuple[list, ck.State]:
+    """The outputs of a trajectory, and its last state."""
+    state, outputs = init([zoo.schedule(at) for at in range(steps)], **specimen.inputs(0)), []
+    for at in range(steps):
+        out, state = step(state, **specimen.inputs(at))
+        outputs.append(out)
+    return outputs, state
+
+
+def assert_same(one: tuple[list, ck.State], other: tuple[list, ck.State]) -> None:
+    """Equal decisions, outputs, and form of the state."""
+    assert ck.summary(one[1]).computed == ck.summary(other[1]).computed
+    assert {True, False} == set(ck.summary(other[1]).computed)
+    assert spec(one[1]) == spec(other[1])
+    assert max(error(a, b) for a, b in zip(one[0], other[0], strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["programs", "one graph"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_nothing_compiles_twice(name, method, way):
+    specimen, policy = setup(name, method)
+    with torch.no_grad():
+        step = ck.cache(specimen.model, policy)
+        wanted = {steps: run(step, step.init, specimen, steps) for steps in (STEPS, 23)}
+        plan = step.plan([zoo.schedule(at) for at in range(STEPS)])
+        compiled = step.compile(backend="aot_eager") if way == "programs" else None
+        call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
+        counters.clear()
+        assert_same(run(call, (compiled or step).init, specimen, STEPS), wanted[STEPS])
+        graphs = plan.actions if way == "programs" else 1
+        assert counters["stats"]["unique_graphs"] == graphs
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for steps in (STEPS, 23):
+                assert_same(run(call, (compiled or step).init, specimen, steps), wanted[steps])
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("name", "method"), [("Flux", "taylorseer"), ("Wan", "faster_cache")])
+def test_inductor_equals_eager(name, method):
+    specimen, policy = setup(name, method)
+    with torch.no_grad():
+        step = ck.cache(specimen.model, policy)
+        compiled = step.compile()
+        assert_same(run(compiled, compiled.init, specimen, 12), run(step, step.init, specimen, 12))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_regional(method):
+    specimen, policy = setup("Wan", method)
+    with torch.no_grad():
+        step = ck.cache(specimen.model, policy)
+        regional = step.compile(regional=True, backend="aot_eager")
+        assert_same(run(regional, regional.init, specimen, 12), run(step, step.init, specimen, 12))
