@@ -117,7 +117,12 @@ class Guidance:
         """The state after a full step."""
         added = uncond.detach().float() - cond.detach().float()
         low = self._low(added)
-        return state._replace(low=low.contiguous(), high=(added - low).contiguous())
+        # No _replace here and below: torch 2.11 makes an empty tuple of it where a graph returns it.
+        return GuidanceState(low.contiguous(), (added - low).contiguous(), state.weights, state.cond)
+
+    def keep(self, state: GuidanceState, cond: Tensor) -> GuidanceState:
+        """The state after a conditional call, which the unconditional one is answered from."""
+        return GuidanceState(state.low, state.high, state.weights, cond.detach().clone())
 
     def predict(self, state: GuidanceState, cond: Tensor, step: Tensor) -> Tensor:
         """The unconditional half at a step, float32 or not as `cond` is."""

@@ -41,7 +41,7 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         out = model(*args, **kwargs)
         cond = _only(output, out)
         check_like(state.low, cond, output.dtypes[0], output.name)
-        frame["updated"][output.name] = (state._replace(cond=cond.detach().clone()),)
+        frame["updated"][output.name] = (guidance.keep(state, cond),)
         return out
     without, prompted = guidance.halves(args, kwargs)
     if frame["mode"] == GRAPH:

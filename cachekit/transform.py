@@ -331,15 +331,16 @@ class CachedStep(nn.Module):
                 f"{self.policy.name} has none. Call step(state, ...)."
             )
         if torch.compiler.is_compiling():
-            layout, before = self.layout(tuple(state.sites)), state._replace(step=state.step - 1)
-            frame = self.frame(GRAPH, layout, state.sites, (), self.clock(before))
-            frame["compute"] = {GUIDANCE: take(state.plan[GUIDANCE], before.step)}
+            frame = self.frame(
+                GRAPH, self.layout(tuple(state.sites)), state.sites, (), self.clock(state, state.step - 1)
+            )
+            frame["compute"] = {GUIDANCE: take(state.plan[GUIDANCE], state.step - 1)}
             out = unconditional(frame, self.opened.original, args, kwargs)
-            return out, state._replace(sites={**state.sites, **frame["updated"]})
+            return out, _with_sites(state, frame["updated"])
         layout, index = self._trajectory(state).layout, int(state.step) - 1
         if index < 0:
             raise StateError("`state` has done no step. Call step(state, ...) with the conditional arguments first.")
-        now = self.clock(state._replace(step=state.step - 1))
+        now = self.clock(state, state.step - 1)
         full = {GUIDANCE: bool(state.plan[GUIDANCE][index])}
         if self._programs is not None:
             out, updated = self._programs.uncond(self, state, full, now, args, kwargs)
@@ -347,7 +348,7 @@ class CachedStep(nn.Module):
             frame = self.frame(EAGER, layout, state.sites, (), now)
             frame["compute"] = full
             out, updated = unconditional(frame, self.opened.original, args, kwargs), frame["updated"]
-        return out, state._replace(sites={**state.sites, **updated})
+        return out, _with_sites(state, updated)
 
     def run_eagerly(
         self, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
@@ -474,13 +475,13 @@ class CachedStep(nn.Module):
             "handed": {},
         }
 
-    def clock(self, state: State) -> Clock | None:
+    def clock(self, state: State, step: Tensor | None = None) -> Clock | None:
         """The time as forecasters see it, where the cached tensors are."""
         if not self.policy.forecaster.timed and self.policy.guidance is None:
             return None
         device = pytree.tree_leaves(state.sites)[0].device
         return Clock(
-            step=state.step.to(device=device, dtype=torch.float32),
+            step=(state.step if step is None else step).to(device=device, dtype=torch.float32),
             steps=torch.full((), state.timesteps.shape[0], dtype=torch.float32, device=device),
         )
 
@@ -574,6 +575,11 @@ def _form_of(state: State) -> Any:
 
 def _form(tree: Any) -> Any:
     return (type(tree), *map(_form, tree)) if isinstance(tree, tuple) else None
+
+
+def _with_sites(state: State, updated: dict[str, Any]) -> State:
+    kept = {name: getattr(state, name) for name in State._fields if name != "sites"}
+    return State(sites={**state.sites, **updated}, **kept)
 
 
 def _zeros(spec: TensorSpec) -> Tensor:

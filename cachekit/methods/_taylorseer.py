@@ -58,6 +58,8 @@ def taylorseer(
     check_semantics(semantics)
     if basis not in BASES:
         raise ArgumentError(f"`basis` must be one of {tuple(BASES)}, got {basis!r}.")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ArgumentError(f"`interval` must be an int >= 1, got {interval!r}. 1 computes every step.")
     theirs = semantics == "diffusers"
     if sites is None:
         sites = "attention" if theirs else "attention+mlp"
