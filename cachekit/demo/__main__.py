@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     write(args.out, rows, trials, sentences, facts, args)
     print(report.table(rows))
-    print("\nLast two columns: dB of PSNR over fewer Euler steps with as many computed steps, and in as much time.\n")
+    print("\n* The other steps leave out attention, or attention and feed-forward networks, and run the rest.")
+    print("Last two columns: dB of PSNR over fewer Euler steps with as many computed steps, and in as much time.\n")
     print("\n".join(sentences))
     print(f"\nWrote {args.out / 'report.html'} after {time.perf_counter() - started:.0f} s.")
 

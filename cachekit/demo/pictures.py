@@ -21,6 +21,10 @@ COLOURS = {
     "first_block_cache": "#2f6fb7",
     "mag_cache": "#d1782a",
     "step_mask": "#2e8b57",
+    "taylorseer": "#7a4fb5",
+    "pyramid_attention_broadcast": "#b5446e",
+    "faster_cache": "#3d8f9e",
+    "combination": "#8a6d1b",
 }
 INK, FAINT, TRACK = "#3e4c59", "#9aa5b1", "#eef1f4"
 DIFFERENCE = 0.2

@@ -33,7 +33,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     counts = list(dict.fromkeys(sum(stream) for stream in row.computed.values()))
     gained = gain(row, rows)
     return [
-        " / ".join(map(str, counts)),
+        " / ".join(map(str, counts)) + ("*" if row.partial else ""),
         f"{'~' if row.busy else ''}{row.seconds:.2f}",
         f"{row.speedup:.2f}x" if row.speedup is not None else "",
         *(f"{distance:.1f}" if math.isfinite(distance) else "same" for distance in (row.psnr, row.worst)),

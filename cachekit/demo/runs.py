@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,11 @@ class Setting(NamedTuple):
         """Method and parameters."""
         return f"{self.group} {self.detail}"
 
+    @property
+    def partial(self) -> bool:
+        """Whether a step that is not computed still runs what is neither attention nor feed-forward network."""
+        return self.policy is not None and self.policy.sites not in ("chain", "output")
+
 
 class Trial(NamedTuple):
     """One sampling run."""
@@ -56,6 +62,7 @@ class Row(NamedTuple):
     detail: str
     policy: str  # as cachekit names it, "" without a cache
     forecast: bool
+    partial: bool  # whether the steps that are not computed still run a part of the model's blocks
     steps: int  # Euler steps
     computed: dict[str, tuple[bool, ...]]  # stream -> one a step
     computed_steps: float  # mean of the streams
@@ -87,12 +94,20 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
     newton, taylor = ck.forecasters.newton(1), ck.forecasters.taylor(1)
     # Up to 7/10, so that also the careful settings have a run to be held against.
     shares = (0.7, 0.4, 0.2) if short else (0.7, 0.5, 0.4, 0.3, 0.2)
-    thresholds = (0.12,) if short else (0.065, 0.12, 0.16)
+    thresholds = (0.12,) if short else (0.12, 0.16)
     first = [(threshold, None) for threshold in thresholds] + [(threshold, newton) for threshold in thresholds[-2:]]
     budgets = ((0.06, 2, None), (0.06, 2, taylor))
     if not short:
         budgets = ((0.03, 1, None), (0.06, 2, None), (0.12, 4, None), (0.06, 2, taylor))
     intervals = (3,) if short else (2, 3, 5)
+    broadcasts = ((2, None),) if short else ((2, None), (2, 4))
+    # No paper has these: parts of two methods, put together.
+    probe = ck.first_block_cache(0.16, forecaster=newton)
+    budget = ck.mag_cache(ratios, threshold=0.06, max_skips=2, retention=0, forecaster=newton)
+    combinations = (
+        ("drift 0.16 + newton 1, attention+mlp", dataclasses.replace(probe, sites="attention+mlp")),
+        ("budget 0.06 + newton 1, output", dataclasses.replace(budget, sites="output")),
+    )
     return [
         Setting(UNCACHED, f"{steps} steps", steps),
         *(Setting(FEWER, f"{round(share * steps)}", round(share * steps)) for share in shares),
@@ -138,6 +153,21 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
             )
             for interval in intervals[-2:]
         ),
+        *(
+            Setting("taylorseer", f"every {interval} + taylor 1", steps, ck.taylorseer(interval, warmup=2), True)
+            for interval in intervals[-2:]
+        ),
+        *(
+            Setting(
+                "pyramid_attention_broadcast",
+                f"{spatial}" + (f" (cross {cross})" if cross else ""),
+                steps,
+                ck.pyramid_attention_broadcast(spatial, cross=cross),
+            )
+            for spatial, cross in broadcasts
+        ),
+        Setting("faster_cache", "2 (uncond 5)", steps, ck.faster_cache(cfg="separate", layout="BCFHW"), True),
+        *(Setting("combination", detail, steps, policy, True) for detail, policy in combinations),
     ]
 
 
@@ -155,6 +185,7 @@ class Sampler:
         self.tick = tick
         self.clock: dict[Stream, list[float]] = {stream: [] for stream in STREAMS}  # seconds of every forward
         self.step: ck.CachedStep | None = None
+        self.guided = False
         self.states: dict[Stream, ck.State] = {}
         if setting.policy is not None:
             self.step = ck.cache(model, setting.policy)
@@ -163,8 +194,9 @@ class Sampler:
             noise = torch.zeros(len(labels), 1, 1, digits.SIZE, digits.SIZE)
             times = timesteps(setting.steps)[:-1]
             with torch.no_grad():
-                state = self.step.init(times, **digits.inputs(noise, times[0], labels))
-            self.states = {stream: self.step.init_like(state) for stream in STREAMS}
+                state = self.step.init(1000 * times, **digits.inputs(noise, times[0], labels))
+            self.guided = self.step.policy.guidance is not None
+            self.states = {stream: self.step.init_like(state) for stream in (STREAMS[:1] if self.guided else STREAMS)}
 
     def restart(self) -> None:
         """Forget the trajectory."""
@@ -180,6 +212,9 @@ class Sampler:
         arguments = digits.inputs(x, t, labels)
         if self.step is None:
             out = self.model(**arguments)
+        elif self.guided and stream == STREAMS[1]:
+            # One state for both calls: the unconditional one is answered from the other.
+            out, self.states[STREAMS[0]] = self.step.uncond(self.states[STREAMS[0]], **arguments)
         else:
             out, self.states[stream] = self.step(self.states[stream], **arguments)
         self.clock[stream].append(time.perf_counter() - start)
@@ -207,6 +242,10 @@ def run(
     seconds = time.perf_counter() - start
     computed: dict[str, tuple[bool, ...]] = dict.fromkeys(STREAMS, (True,) * setting.steps)
     computed.update({stream: ck.summary(state).computed for stream, state in sampler.states.items()})
+    if sampler.guided and sampler.step is not None:
+        plan = sampler.step.plan(1000 * timesteps(setting.steps)[:-1])
+        assert plan is not None
+        computed = {STREAMS[0]: plan.kinds["spatial"], STREAMS[1]: plan.kinds["guidance"]}
     paces = [
         spent for stream in STREAMS for spent, run in zip(sampler.clock[stream], computed[stream], strict=True) if run
     ]
@@ -240,6 +279,7 @@ def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
                 detail=trial.setting.detail,
                 policy=trial.setting.policy.name if trial.setting.policy else "",
                 forecast=trial.setting.forecast,
+                partial=trial.setting.partial,
                 steps=trial.setting.steps,
                 computed=trial.computed,
                 computed_steps=sum(sum(stream) for stream in trial.computed.values()) / len(trial.computed),

@@ -13,7 +13,7 @@ from cachekit.demo.runs import FEWER, Row
 class Gain(NamedTuple):
     """PSNR of a row over what fewer Euler steps would have at the same cost, in dB; None where it is unknown."""
 
-    at_equal_steps: float | None  # as many computed steps
+    at_equal_steps: float | None  # as many computed steps; unknown where the others run in part
     at_equal_time: float | None  # as many seconds; unknown where the machine was busy
 
 
@@ -25,7 +25,7 @@ def gain(row: Row, rows: Sequence[Row]) -> Gain:
     """
     alone = [entry for entry in rows if not entry.busy]
     return Gain(
-        at_equal_steps=_gain(row, rows, lambda entry: entry.computed_steps),
+        at_equal_steps=None if row.partial else _gain(row, rows, lambda entry: entry.computed_steps),
         at_equal_time=None if row.busy else _gain(row, alone, lambda entry: entry.seconds),
     )
 
