@@ -97,6 +97,17 @@ def updated(frame: Frame, values: list[Tensor], states: tuple[Any, ...]) -> tupl
     return tuple(update(state, value.detach().contiguous(), now) for state, value in pairs)
 
 
+def remember(frame: Frame, name: str, fresh: tuple[Any, ...]) -> None:
+    """Let these be what a site remembers, in the memory of what it remembered before where that was given away."""
+    if frame["donate"]:
+        fresh = pytree.tree_map(_moved, frame["sites"][name], fresh)
+    frame["updated"][name] = fresh
+
+
+def _moved(old: Any, new: Any) -> Any:
+    return old.copy_(new) if isinstance(old, Tensor) and old is not new else new
+
+
 def example(state: Any) -> Tensor:
     """The first leaf of a forecaster's state has the shape and device of the values."""
     return pytree.tree_leaves(state)[0]

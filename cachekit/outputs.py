@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from cachekit.arguments import assemble
 from cachekit.branches import either, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, updated
+from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, remember, updated
 from cachekit.layout import Output
 
 
@@ -41,7 +41,7 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         out = model(*args, **kwargs)
         cond = _only(output, out)
         check_like(state.low, cond, output.dtypes[0], output.name)
-        frame["updated"][output.name] = (guidance.keep(state, cond),)
+        remember(frame, output.name, (guidance.keep(state, cond),))
         return out
     without, prompted = guidance.halves(args, kwargs)
     if frame["mode"] == GRAPH:
@@ -56,11 +56,11 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
             return guidance.predict(state, cond, now.step), state
 
         uncond, fresh = either(frame["compute"][output.group], compute, reuse)
-        frame["updated"][output.name] = (fresh,)
+        remember(frame, output.name, (fresh,))
     elif computes(frame, output.group):
         frame["full"] = True
         uncond, cond = guidance.split(_only(output, model(*args, **kwargs)))
-        frame["updated"][output.name] = (guidance.update(state, uncond, cond),)
+        remember(frame, output.name, (guidance.update(state, uncond, cond),))
     else:
         cond = _only(output, model(*prompted[0], **prompted[1]))
         uncond = guidance.predict(state, cond, now.step)
@@ -85,7 +85,7 @@ def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -
         uncond, fresh = either(frame["compute"][output.group], compute, reuse)
     else:
         uncond, fresh = compute() if computes(frame, output.group) else reuse()
-    frame["updated"][output.name] = (fresh,)
+    remember(frame, output.name, (fresh,))
     return _assembled(output, [uncond])
 
 
@@ -130,7 +130,8 @@ def _either(frame: Frame, output: Output, run: Callable[[], Any]) -> list[Tensor
     def reuse():
         return _foreseen(frame, output), states
 
-    values, frame["updated"][output.name] = either(frame["compute"][output.group], compute, reuse)
+    values, fresh = either(frame["compute"][output.group], compute, reuse)
+    remember(frame, output.name, fresh)
     return values
 
 
@@ -142,13 +143,14 @@ def _chosen(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
         return torch.where(decided.to(other.device), computed, other)
 
     states = frame["sites"][output.name]
-    frame["updated"][output.name] = pytree.tree_map(choose, updated(frame, values, states), states)
-    return [choose(*pair) for pair in zip(values, _foreseen(frame, output), strict=True)]
+    chosen = [choose(*pair) for pair in zip(values, _foreseen(frame, output), strict=True)]
+    remember(frame, output.name, pytree.tree_map(choose, updated(frame, values, states), states))
+    return chosen
 
 
 def _remember(frame: Frame, output: Output, values: list[Tensor]) -> None:
     kept = [value.clone() for value in values] if output.copied else values
-    frame["updated"][output.name] = updated(frame, kept, frame["sites"][output.name])
+    remember(frame, output.name, updated(frame, kept, frame["sites"][output.name]))
 
 
 def _tensors_of(frame: Frame, output: Output, out: Any) -> list[Tensor]:

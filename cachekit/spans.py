@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from cachekit.arguments import argument, assemble, has, put, result
 from cachekit.branches import either, own, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, misfit, updated
+from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, misfit, remember, updated
 from cachekit.layout import ALL, Span, Stream
 from cachekit.record import Const, Key
 
@@ -145,7 +145,7 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         residuals = _residuals(span, values, bases, states)
         if frame["observe"]:
             frame["sums"] = _add(frame["sums"], _observed(frame, span, residuals, states))
-        frame["updated"][span.name] = updated(frame, residuals, states)
+        remember(frame, span.name, updated(frame, residuals, states))
         return output, values
     return None, _written(span, calls, _forecast(frame, span, bases, states))
 
@@ -229,7 +229,8 @@ def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: lis
         sums = [torch.full((), torch.nan, device=values[0].device) for _ in range(2)] if frame["observe"] else ()
         return values, states, tuple(sums)
 
-    values, frame["updated"][span.name], sums = either(frame["compute"][ALL], compute, reuse)
+    values, fresh, sums = either(frame["compute"][ALL], compute, reuse)
+    remember(frame, span.name, fresh)
     if frame["observe"]:
         frame["sums"] = _add(frame["sums"], sums)
     return values

@@ -63,13 +63,17 @@ class _Trajectory(NamedTuple):
     times: tuple[float, ...]
 
 
-def cache(model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None) -> CachedStep:
+def cache(
+    model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] | None = None, *, donate: bool = False
+) -> CachedStep:
     """Make a cached step function of a model. The model itself stays untouched.
 
     Args:
         model: any nn.Module made of nn.ModuleList blocks. Nobody has to edit its forward.
         policy: the caching method, e.g. `first_block_cache(0.1)`.
         structure: the chains of blocks, stated by hand; None finds them in one forward on fake tensors.
+        donate: write what is remembered into the memory of the state that is given, which is not to be used again:
+            half the memory at the moment a step ends. After an exception in the midst of a step it is lost.
 
     Returns:
         The step. `step.init(...)` makes a state, `step(state, ...)` returns what the model returns, and the next
@@ -126,7 +130,7 @@ def cache(model: nn.Module, policy: Policy, structure: Chain | Sequence[Chain] |
         >>> [ck.summary(state).steps for state in states]
         [4, 6]
     """
-    return CachedStep(model, policy, structure)
+    return CachedStep(model, policy, structure, donate=donate)
 
 
 class CachedStep(nn.Module):
@@ -144,6 +148,7 @@ class CachedStep(nn.Module):
         policy: Policy,
         structure: Chain | Sequence[Chain] | None = None,
         *,
+        donate: bool = False,
         programs: Programs | None = None,
         block_options: dict[str, Any] | None = None,
     ) -> None:
@@ -163,6 +168,7 @@ class CachedStep(nn.Module):
         if structure is not None and len(stated) != len(several):
             raise ArgumentTypeError(f"`structure` must be a cachekit.Chain or several, got {structure!r}.")
         self.policy = policy
+        self.donate = donate
         self.structure = stated
         groups = () if policy.groups == (ALL,) else policy.groups
         self.opened = Opened(
@@ -379,6 +385,9 @@ class CachedStep(nn.Module):
         decider = state.decider
         if not self.policy.static:
             decider = self.policy.deciders[ALL].update(state.decider, moment, computed)
+        reference = residual if computed and residual is not None else state.reference
+        if self.donate and reference is not state.reference:
+            reference = state.reference.copy_(reference)
         # On small models every operator here is felt. A fresh log says "computed" and NaN already.
         signal = ratio(moment.signal)
         return State(
@@ -386,7 +395,7 @@ class CachedStep(nn.Module):
             timesteps=state.timesteps,
             plan=state.plan,
             decider=decider,
-            reference=residual if computed and residual is not None else state.reference,
+            reference=reference,
             sites={**state.sites, **updated},
             computed=state.computed if computed else state.computed.index_fill(0, state.step, False),
             signal=state.signal if math.isnan(signal) else state.signal.index_fill(0, state.step, signal),
@@ -433,6 +442,7 @@ class CachedStep(nn.Module):
         if self.policy.front:
             residual = frame["residual"]
             reference = torch.where(computed.to(residual.device), residual, state.reference)
+            reference = state.reference.copy_(reference) if self.donate else reference
         at = (state.step.reshape(1),)
         signal = ratio(moment.signal)
         return out, State(
@@ -458,6 +468,7 @@ class CachedStep(nn.Module):
             "guidance": policy.guidance,
             "original": self.opened.original,
             "full": False,
+            "donate": self.donate,
             "entered": True,
             "observe": policy.signal is not None and not policy.front,
             "sites": sites,
@@ -551,7 +562,12 @@ class CachedStep(nn.Module):
         options = {"fullgraph": True, **torch_compile_kwargs}
         programs, block_options = (None, options) if regional else (Programs(options), None)
         made = CachedStep(
-            self.opened.original, self.policy, self.structure, programs=programs, block_options=block_options
+            self.opened.original,
+            self.policy,
+            self.structure,
+            donate=self.donate,
+            programs=programs,
+            block_options=block_options,
         )
         made.opened.layouts.update(self.opened.layouts)
         made._forms.update(self._forms)

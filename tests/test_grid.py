@@ -125,6 +125,32 @@ def test_every_way_to_run_is_the_same(sites, decider, forecaster):
 
 
 @pytest.mark.compiles
+@pytest.mark.parametrize("way", ["eager", "programs", "one graph"])
+@pytest.mark.parametrize("decider", ["interval", "drift"])
+@pytest.mark.parametrize("sites", ["chain", "attention+mlp", "output"])
+def test_a_state_that_is_given_away_is_written_to(sites, decider, way):
+    cell = policy(sites, decider, "newton 2")
+    wanted, end = run(ck.cache(byhand.net(), cell))
+    step = ck.cache(byhand.net(), cell, donate=True)
+    if way == "programs":
+        step = step.compile(backend="aot_eager")
+    call = torch.compile(step, fullgraph=True, backend="aot_eager") if way == "one graph" else step
+    places = []
+
+    def watched(state, *args):
+        out, fresh = call(state, *args)
+        leaves = (fresh.sites, fresh.reference)
+        places.append([leaf.data_ptr() for leaf in pytree.tree_leaves(leaves) if leaf.numel() > 1])
+        return out, fresh
+
+    outputs, state = run(watched, step.init)
+    assert all(place == places[0] for place in places)
+    for one, other in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert ck.summary(state).computed == ck.summary(end).computed
+
+
+@pytest.mark.compiles
 @pytest.mark.parametrize("sites", ["attention", "attention+mlp"])
 def test_what_others_write_to_compiled(sites):
     step = ck.cache(byhand.net(inplace=True), policy(sites, "mask", "hold"))
