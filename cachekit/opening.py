@@ -17,7 +17,7 @@ from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.layout import Found, Layout, Sites, lay_out
 from cachekit.parts import part_paths
-from cachekit.shadow import Fingerprint, Follower, block_paths, stands, take_over, unwrap
+from cachekit.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
 from cachekit.sites import PartSite
 from cachekit.structure import Chain
 
@@ -29,6 +29,8 @@ class Opened:
         original: the model.
         shadow: the copy of its shells that is called in its place.
         blocks: the blocks as a site calls them, compiled one by one if so asked.
+        epoch: how often modules were added, removed or replaced.
+        generation: how often the shadow was built.
         layouts: every layout found so far, by the names of its sites; a state names its own.
     """
 
@@ -53,6 +55,7 @@ class Opened:
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
+        self.epoch = self.generation = 0
         self._lock = threading.Lock()
         self._early: set[str] = set()
         self._parts: set[str] = set()
@@ -66,6 +69,7 @@ class Opened:
 
     def _derive(self) -> None:
         """Begin anew. What was found belongs to the modules it was found on, so it goes."""
+        self.epoch += 1
         self._early.clear()
         self._parts.clear()
         self._found.clear()
@@ -76,6 +80,7 @@ class Opened:
 
     def _build(self) -> None:
         """Build the shadow, with all sites known so far."""
+        self.generation += 1
         made = stands(self.original, self._paths, self._early, self._parts)
         self.shadow = made.root
         self.blocks: dict[str, Callable[..., Any]] = dict(made.blocks)
@@ -86,17 +91,18 @@ class Opened:
         elif self._options is not None:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in self.blocks.items()}
         self._standing = made.sites
-        self._refresh = Follower(made.shells)
+        self._refresh = Follower([*made.shells, *((site._block, site) for site in made.sites)])
         self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         """What the forward looks like on these arguments: recorded once for each signature."""
         device = torch.device(device) if device is not None else _device(self.original, args, kwargs)
-        signature = _signature(args, kwargs, device)
+        signature = _signature(self.original, args, kwargs, device)
         with self._lock:
             if self._fingerprint.changed() is not None:
                 self._derive()
-            self._refresh()
+            if self._refresh():
+                self.forget()
             if signature not in self._found:
                 _refuse(self.original)
                 inside = part_paths(self.original, self._paths, self._sites)
@@ -131,7 +137,16 @@ class Opened:
         changed = self._fingerprint.changed()
         if changed is not None:
             raise _replaced(changed)
-        self._refresh()
+        if self._refresh():
+            self.forget()
+
+    def forget(self) -> None:
+        """Record anew at the next `init`: the model is not what it was when it was recorded."""
+        self._found.clear()
+
+    def standing(self) -> tuple[int, ...]:
+        """What tells one set of modules, and of hooks on the model itself, from another."""
+        return (self.generation, *(len(vars(self.original)[name]) for name in HOOKS))
 
     def prepare_trace(self) -> None:
         """The same inside a graph, where it becomes guards."""
@@ -150,7 +165,7 @@ def _replaced(what: str) -> StructureError:
     )
 
 
-def _signature(args: tuple, kwargs: Mapping[str, Any], device) -> Any:
+def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device) -> Any:
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     parts = []
     for leaf in leaves:
@@ -160,6 +175,7 @@ def _signature(args: tuple, kwargs: Mapping[str, Any], device) -> Any:
             parts.append((type(leaf), leaf))
         else:
             parts.append(type(leaf))
+    parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     kind = torch.device(device).type
     cast = (
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None

@@ -31,7 +31,7 @@ class Programs:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = _lean(arguments)
         self._compiled: dict[tuple, Callable[..., Any]] = {}
-        self._shadow: Any = None  # the modules that were compiled
+        self._standing: Any = None  # the modules that were compiled
 
     def _program(self, action: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
         if action not in self._compiled:
@@ -42,8 +42,9 @@ class Programs:
         self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
-        if self._shadow is not step.opened.shadow:
-            self._shadow = step.opened.shadow
+        standing = step.opened.standing()
+        if self._standing != standing:
+            self._standing = standing
             self._compiled.clear()
         names = tuple(state.sites)
         written = step.layout(names).written
@@ -113,12 +114,15 @@ def numbers(sums: torch.Tensor) -> Sums:
 
 # Of the standard library, torch, and what this package itself keeps and never changes.
 SETTLED = re.compile(
-    r"G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
-    r"|cachekit|call_frames|\(step\)|\._path$|\bstep\.(?!opened\.blocks\[|shadow|_modules)"
+    r"^G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
+    r"|G\['(__import_cachekit(_dot_\w+)?|call_frames)'\]|type\(step\)|(^|\()step\.(?!opened\.blocks\[|shadow|_modules)"
 )
 # Which module stands where: the step looks after that itself, before every program.
-STRUCTURE = re.compile(r"\bstep\..*(\b_modules('\])?(\['[^']*'\])?|\b_(parameters|buffers)('\])?)$")
-KINDS = ("TYPE_MATCH", "DICT_KEYS_MATCH", "DICT_CONTAINS")
+STRUCTURE = {
+    "TYPE_MATCH": re.compile(r"(^|\()step\..*(\b_modules('\])?(\['[^']*'\])?|\b_(parameters|buffers)('\])?)$"),
+    "DICT_KEYS_MATCH": re.compile(r"(^|\()step\..*\b_modules('\])?$"),
+    "DICT_CONTAINS": re.compile(r"(^|\()step\..*\b_modules('\])?$"),
+}
 
 
 def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -146,4 +150,5 @@ def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
 def _checked(entry: Any) -> bool:
     if SETTLED.search(entry.name) is not None:
         return True
-    return entry.guard_type in KINDS and STRUCTURE.search(entry.name) is not None
+    structure = STRUCTURE.get(entry.guard_type)
+    return structure is not None and structure.search(entry.name) is not None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cachekit.sites import BlockSite, EarlySite, PartSite
+from cachekit.sites import BlockSite, EarlySite, PartSite, Site
 
 HOOKS = (
     "_forward_hooks",
@@ -127,15 +127,28 @@ class Follower:
         # The values themselves: an id alone may be that of another object by now.
         self._pairs = [(source, target, [*source.__dict__.values()]) for source, target in pairs]
 
-    def __call__(self) -> None:
-        """Take over what has changed."""
+    def __call__(self) -> bool:
+        """Take over what has changed; whether anything has."""
+        changed = False
         for n, (source, target, before) in enumerate(self._pairs):
             now = [*source.__dict__.values()]
             if len(now) != len(before) or not all(map(operator.is_, now, before)):
-                kept = ("_modules", "_compiled_call_impl", *PATCHED)
-                target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in kept})
-                _patch(source, target)
+                if isinstance(target, Site):
+                    take_over(target)
+                else:
+                    _follow(source, target, ("_modules", "_compiled_call_impl", *PATCHED))
+                    _patch(source, target)
                 self._pairs[n] = (source, target, now)
+                changed = True
+        return changed
+
+
+def _follow(source: nn.Module, target: nn.Module, kept: Iterable[str]) -> None:
+    """Let `target` have the attributes that `source` has, and no others but those of its own that it keeps."""
+    for name in [*target.__dict__]:
+        if name not in source.__dict__ and name not in kept:
+            del target.__dict__[name]
+    target.__dict__.update({name: value for name, value in source.__dict__.items() if name not in kept})
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -170,8 +183,7 @@ def stand_in(block: nn.Module, site_class: type) -> nn.Module:
 def take_over(site: nn.Module) -> None:
     """Let a stand-in have the attributes that its block has by now."""
     kept = (*HOOKS, *PATCHED, "_path", "_block", "_run", "_compiled_call_impl")
-    block: nn.Module = site.__dict__["_block"]
-    site.__dict__.update({name: value for name, value in block.__dict__.items() if name not in kept})
+    _follow(site.__dict__["_block"], site, kept)
 
 
 @functools.cache
@@ -234,8 +246,9 @@ class Fingerprint:
         self._paths = {module: path for path, module in model.named_modules()}
         self._before = self._now()
 
-    def _now(self) -> list[nn.Module | None]:
-        return [*chain.from_iterable(map(dict.values, self._parents))]
+    def _now(self) -> list[Any]:
+        modules = [*chain.from_iterable(map(dict.values, self._parents))]
+        return [*modules, type(self._model), *map(type, modules)]
 
     def changed(self) -> str | None:
         """The first module that was added, removed or replaced, or None."""

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, take, trajectory
-from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.explain import explanation
 from cachekit.forecasters import Clock
 from cachekit.frames import EAGER, GRAPH, Frame, check_reached
@@ -57,6 +58,7 @@ def _pattern(computed: Sequence[bool]) -> str:
 
 
 class _Trajectory(NamedTuple):
+    epoch: int  # of the modules it was begun with
     timesteps: Tensor  # of its states, which all hold the same tensor
     names: tuple[str, ...]  # of its sites
     layout: Layout
@@ -185,6 +187,7 @@ class CachedStep(nn.Module):
         self._programs = programs
         self._forms: dict[tuple[str, ...], Any] = {}
         self._known: _Trajectory | None = None
+        self._begun = WeakIdKeyDictionary()  # timesteps of a trajectory begun here -> epoch of the modules
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         if self.policy.guidance is not None and not self.policy.guidance.separate:
@@ -233,6 +236,7 @@ class CachedStep(nn.Module):
             signal=signal,
         )
         self._forms[tuple(sites)] = _form_of(state)
+        self._begun[state.timesteps] = self.opened.epoch
         return _mark(state)
 
     def init_like(self, state: State, timesteps: int | Sequence[float] | Tensor | None = None) -> State:
@@ -261,6 +265,7 @@ class CachedStep(nn.Module):
             computed=computed,
             signal=signal,
         )
+        self._begun[fresh.timesteps] = self.opened.epoch
         return _mark(fresh)
 
     def _fresh(self, times: Tensor) -> tuple[Any, Any]:
@@ -364,8 +369,12 @@ class CachedStep(nn.Module):
         if self.policy.static:
             frame["compute"] = self.planned(state, moment.step)
         frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(torch.stack(sums))))
-        out = run_framed(frame, self.shadow, args, kwargs)
-        check_reached(frame)
+        try:
+            out = run_framed(frame, self.shadow, args, kwargs)
+            check_reached(frame)
+        except StructureError:
+            self.opened.forget()  # so that a new state, which the message asks for, is of a new record
+            raise
         computed = all(frame["compute"].values())
         if frame["sums"] is not None:
             moment = moment._replace(signal=numbers(torch.stack(frame["sums"])))
@@ -523,8 +532,14 @@ class CachedStep(nn.Module):
             or known.names != tuple(state.sites)
         ):
             layout = self.check_state(state)
-            known = _Trajectory(state.timesteps, tuple(state.sites), layout, tuple(state.timesteps.tolist()))
+            epoch = self._begun.get(state.timesteps, self.opened.epoch)  # a state that was loaded may go on
+            known = _Trajectory(epoch, state.timesteps, tuple(state.sites), layout, tuple(state.timesteps.tolist()))
             self._known = known
+        if known.epoch != self.opened.epoch:
+            raise StructureError(
+                "Modules of the model were added, removed or replaced since this trajectory began. Begin another with "
+                "step.init or step.init_like."
+            )
         return known
 
     # Compiling and exporting ---------------------------------------------------------------------------------

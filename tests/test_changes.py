@@ -1,0 +1,164 @@
+"""A model that is changed between two steps, or between a step and the next trajectory: followed or refused."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import cachekit as ck
+
+cachekit_gain = 1.0
+X = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+
+pytestmark = pytest.mark.compiles
+
+
+class Block(nn.Module):
+    """With every kind of thing a user may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.step = types.SimpleNamespace(gain=1.0)
+        self.skip = False
+
+    def forward(self, x):
+        """The tokens, with something added."""
+        out = x + 0.3 * self.step.gain * cachekit_gain * torch.tanh(self.lin(x))
+        for extra in self.buffers(recurse=False):
+            out = out + extra
+        return out
+
+
+class Model(nn.Module):
+    """A model that asks what it and its blocks are like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.between = False
+
+    def forward(self, x):
+        """The tokens."""
+        x = self.inp(x.to(self.inp.weight.dtype))
+        if hasattr(self, "control"):
+            x = x + self.control
+        for block in self.blocks:
+            x = x if block.skip else block(x)
+            if self.between:
+                x = 1.5 * x
+        return self.out(x)
+
+
+class Twice(nn.Linear):
+    """Of the same parameters."""
+
+    def forward(self, x):
+        """Twice as much."""
+        return 2 * super().forward(x)
+
+
+class Negated(Model):
+    """Of the same modules."""
+
+    def forward(self, x):
+        """The other sign."""
+        return -super().forward(x)
+
+
+def gain(model: Model) -> None:
+    global cachekit_gain
+    cachekit_gain = 3.0
+
+
+def kind(module: nn.Module, to: type) -> None:
+    module.__class__ = to
+
+
+FOLLOWED: dict[str, Callable[[Model], object]] = {
+    "a global whose name has ours in it": gain,
+    "an attribute whose name is ours": lambda model: setattr(model.blocks[1].step, "gain", 3.0),
+    "a new buffer": lambda model: model.blocks[1].register_buffer("extra", torch.ones(8)),
+    "a new attribute of the model": lambda model: setattr(model, "control", torch.ones(8)),
+    "a hook on the model": lambda model: model.register_forward_hook(lambda module, args, out: 2 * out),
+}
+REFUSED: dict[str, Callable[[Model], object]] = {
+    "the class of a module inside": lambda model: kind(model.blocks[1].lin, Twice),
+    "the class of a module beside": lambda model: kind(model.out, Twice),
+    "the class of the model": lambda model: kind(model, Negated),
+    "a block that is now left out": lambda model: setattr(model.blocks[1], "skip", True),
+    "something between the blocks": lambda model: setattr(model, "between", True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    global cachekit_gain
+    with torch.no_grad():
+        yield
+    cachekit_gain = 1.0
+
+
+def begin(way: str, change: Callable[[Model], object] = lambda model: None):
+    """A step under which everything computes, its state after one step, and the model, changed after that."""
+    model = Model()
+    step = ck.cache(model, ck.step_mask([1] * 6))
+    if way == "compiled":
+        step = step.compile(backend="eager")
+    out, state = step(step.init(6, X), X)
+    assert torch.equal(out, model(X))
+    change(model)
+    return model, step, state
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("change", FOLLOWED)
+def test_followed(change, way):
+    model, step, state = begin(way, FOLLOWED[change])
+    out, _ = step(state, X)
+    assert torch.equal(out, model(X))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("change", REFUSED)
+def test_refused_until_the_next_init(change, way):
+    model, step, state = begin(way, REFUSED[change])
+    with pytest.raises(ck.StructureError):
+        step(state, X)
+    out, _ = step(step.init(6, X), X)
+    assert torch.equal(out, model(X))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_an_attribute_that_is_deleted(way):
+    model, step, state = begin(way)
+    model.control = torch.ones(8)
+    out, state = step(state, X)
+    assert torch.equal(out, model(X))
+    del model.control
+    out, state = step(state, X)
+    assert torch.equal(out, model(X))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_another_dtype_is_another_record(way):
+    model, step, _ = begin(way, lambda model: model.to(torch.bfloat16))
+    out, _ = step(step.init(6, X), X)
+    assert torch.equal(out, model(X)) and out.dtype == torch.bfloat16
+
+
+def test_a_trajectory_begun_before_a_replacement_does_not_go_on():
+    model, step, state = begin("eager")
+    model.blocks[2] = Block()
+    fresh = step.init(6, X)
+    with pytest.raises(ck.StructureError, match=r"added, removed or replaced since this trajectory began"):
+        step(state, X)
+    out, _ = step(fresh, X)
+    assert torch.equal(out, model(X))
+    out, _ = step(step.init_like(state), X)
+    assert torch.equal(out, model(X))
