@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,15 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
-from cachekit.frames import RECORD, framed
+from cachekit.frames import RECORD, REPLAY, Frame, check_reached, framed
+from cachekit.layout import Layout
+from cachekit.numbering import Numbering
 from cachekit.parts import Watch, kind_of
 from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Part, Record, TensorSpec, Tree
 from cachekit.shadow import PATCHED, early_paths, stands
-from cachekit.sites import EarlySite
+from cachekit.sites import EarlySite, run_framed
+
+Discovery: TypeAlias = tuple[Record, Callable[[Layout], bool]]
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -39,10 +43,11 @@ VIEWS = {
 
 def discover(
     model: nn.Module, paths: Sequence[str], parts: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device
-) -> Record:
+) -> Discovery:
     """Record the forward of `model(*args, **kwargs)` with the blocks `paths`, and `parts` in or beside them.
 
-    The model is left as it was.
+    The model is left as it was. Beside the record comes a function that tells of a layout whether a step under it
+    computes what the model does; of a model that has to be run for real it is not asked.
     """
     if any(_patched(module) for module in model.modules()):
         # What a patched forward closes over cannot be copied safely.
@@ -70,7 +75,7 @@ def _patched(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
 
 
-def _fake(model, paths, parts, args, kwargs, device) -> Record:
+def _fake(model, paths, parts, args, kwargs, device) -> Discovery:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -89,13 +94,19 @@ def _fake(model, paths, parts, args, kwargs, device) -> Record:
             module.__dict__.pop(name, None)
     fake_args, fake_kwargs = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
     with mode:
-        return _record(twin, paths, parts, fake_args, fake_kwargs, faked=True)
+        record = _record(twin, paths, parts, fake_args, fake_kwargs, faked=True)
+
+    def same(layout: Layout) -> bool:
+        with mode:
+            return _same(twin, paths, layout, fake_args, fake_kwargs)
+
+    return record, same
 
 
-def _real(model, paths, parts, args, kwargs) -> Record:
+def _real(model, paths, parts, args, kwargs) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
-    return _record(model, paths, parts, copied_args, copied_kwargs, faked=False)
+    return _record(model, paths, parts, copied_args, copied_kwargs, faked=False), lambda layout: True
 
 
 def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -146,6 +157,29 @@ def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
         written=next((name for name, (tensor, version) in held.items() if _version(tensor) != version), None),
         faked=faked,
     )
+
+
+def _same(model, paths, layout: Layout, args, kwargs) -> bool:
+    """Whether a step that computes everything runs the operators of the model, on the same tensors."""
+    made = stands(model, paths, layout.early, layout.parts)
+    frame: Frame = {
+        "mode": REPLAY,
+        "layout": layout._replace(output=None, guided=None),
+        "blocks": made.blocks,
+        "entered": True,
+        **{name: {} for name in ("early", "counts", "passed", "calls", "handed")},
+    }
+    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    given += [*model.parameters(), *model.buffers()]
+    numbering, found = Numbering(given), []
+    # The model itself comes second: attributes that it sets on its blocks would else be there already.
+    for run in (lambda: run_framed(frame, made.root, args, kwargs), lambda: model(*args, **kwargs)):
+        numbering.restart()
+        with torch.inference_mode(False), torch.no_grad(), numbering:
+            out = run()
+        found.append([numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *given)])
+    check_reached(frame)
+    return found[0] == found[1]
 
 
 def _held(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:

@@ -20,6 +20,7 @@ from cachekit.layout import ALL
 
 # How a frame is run.
 RECORD = "record"  # write the structure down
+REPLAY = "replay"  # run everything as a step runs it, and remember nothing
 EAGER = "eager"  # decide on the way, on the host
 GRAPH = "graph"  # decide on the way, inside the graph
 PROBE = "probe"  # run the front blocks and nothing after them

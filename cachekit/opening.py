@@ -74,7 +74,9 @@ class Opened:
         self._parts.clear()
         self._found.clear()
         self._fingerprint = Fingerprint(self.original)
-        self._paths = block_paths(self.original, self._named)
+        # Where the model as a whole is the site, nothing need stand inside.
+        whole = self._sites == "output" and not self._front and self._options is None
+        self._paths = [] if whole else block_paths(self.original, self._named)
         self._helpers = _helpers([self.original.get_submodule(path) for path in self._paths])
         self._build()
 
@@ -91,7 +93,7 @@ class Opened:
         elif self._options is not None:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in self.blocks.items()}
         self._standing = made.sites
-        self._refresh = Follower([*made.shells, *((site._block, site) for site in made.sites)])
+        self._refresh = Follower([*made.shells, *((vars(site)["_block"], site) for site in made.sites)])
         self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
@@ -106,8 +108,10 @@ class Opened:
             if signature not in self._found:
                 _refuse(self.original)
                 inside = part_paths(self.original, self._paths, self._sites)
-                record = discover(self.original, self._paths, inside, args, kwargs, device)
+                record, same = discover(self.original, self._paths, inside, args, kwargs, device)
                 laid_out = lay_out(record, self._front, self._stated, self._sites, self._groups, self._guided)
+                if not same(laid_out.layout):
+                    raise StructureError(_UNLIKE)
                 found = self._found[signature] = self._register(laid_out)
                 early, parts = set(found.layout.early), set(found.layout.parts)
                 if early - self._early or parts - self._parts:
@@ -157,6 +161,15 @@ class Opened:
         for helper in self._helpers:
             # Two branches that each ask for the signature of one helper fail to trace, unless it was asked before.
             inspect.signature(helper.__call__)
+
+
+_UNLIKE = (
+    "The model returns something else when its blocks run as a step runs them, one after the other when the last of a "
+    "chain is called, than when each runs in its turn. Something they share changes in between: an object, a tensor or "
+    "an attribute that the model writes to, autocast, or what it asks of a block or of its result. Pass it to the "
+    "blocks as an argument that is computed before the first of them, state shorter chains with cachekit.Chain, or use "
+    'sites="output".'
+)
 
 
 def _replaced(what: str) -> StructureError:

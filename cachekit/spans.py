@@ -12,7 +12,19 @@ from torch.utils import _pytree as pytree
 from cachekit.arguments import argument, assemble, has, put, result
 from cachekit.branches import either, own, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import ACTION, GRAPH, PROBE, Frame, check_like, computes, example, misfit, remember, updated
+from cachekit.frames import (
+    ACTION,
+    GRAPH,
+    PROBE,
+    REPLAY,
+    Frame,
+    check_like,
+    computes,
+    example,
+    misfit,
+    remember,
+    updated,
+)
 from cachekit.layout import ALL, Span, Stream
 from cachekit.record import Const, Key
 
@@ -113,6 +125,8 @@ def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     bases = _bases(span, calls)
     output = _run(frame, span, calls)
     values = _values(span, output)
+    if frame["mode"] == REPLAY:
+        return output, values
     residual = (values[span.main] - bases[span.main]).detach().contiguous()
     check_like(frame["reference"], residual, frame["reference"].dtype, span.paths[0])
     frame["residual"] = residual
@@ -133,7 +147,7 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         return None, bases
     if frame["layout"].output is not None:
         return _in_vain(frame, span, calls, bases)
-    if frame["layout"].parts:
+    if frame["layout"].parts or mode == REPLAY:
         output = _run(frame, span, calls)
         return output, _values(span, output)
     states = frame["sites"][span.name]

@@ -532,7 +532,7 @@ class CachedStep(nn.Module):
             or known.names != tuple(state.sites)
         ):
             layout = self.check_state(state)
-            epoch = self._begun.get(state.timesteps, self.opened.epoch)  # a state that was loaded may go on
+            epoch: int = self._begun.get(state.timesteps, self.opened.epoch)  # type: ignore[assignment]  # loaded: go on
             known = _Trajectory(epoch, state.timesteps, tuple(state.sites), layout, tuple(state.timesteps.tolist()))
             self._known = known
         if known.epoch != self.opened.epoch:

@@ -162,3 +162,72 @@ def test_a_trajectory_begun_before_a_replacement_does_not_go_on():
     assert torch.equal(out, model(X))
     out, _ = step(step.init_like(state), X)
     assert torch.equal(out, model(X))
+
+
+class Shared(nn.Module):
+    """Blocks that look at more than a tensor computed before all of them."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.scale = nn.Linear(8, 8), 1.0
+
+        def forward(self, x, context=None, gain=None):
+            out = x + 0.3 * self.scale * torch.tanh(self.lin(x))
+            out = out if context is None else out * (1 + context["layer"])
+            return out if gain is None else (out * gain).to(x.dtype)
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks, self.out, self.how = nn.ModuleList(self.Block() for _ in range(4)), nn.Linear(8, 8), how
+
+    def forward(self, x):
+        context, gain, seen = {"layer": 0}, torch.linspace(0.5, 1.5, 8), 0
+        for n, block in enumerate(self.blocks):
+            match self.how:
+                case "an object that is written to":
+                    context["layer"] = n
+                    x = block(x, context)
+                case "a tensor that is written to":
+                    x = block(x, None, gain.mul_(1.5))
+                case "autocast":
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=n % 2 == 1):
+                        x = block(x)
+                case "a dtype that is asked for":
+                    x = block(x.double() if n == 1 else x, None, gain.to(x.dtype) * 1.3)
+                case "a class that is asked for":
+                    x = block(x if type(block) is self.Block else 2 * x)
+                case "an attribute that is set":
+                    block.scale = float(n + 1)
+                    x = block(x)
+                case "a result that is compared":
+                    out = block(x)
+                    seen, x = seen + (out is not x), out
+        return self.out(x.float()) * (1 + seen)
+
+
+SHARED = (
+    "an object that is written to",
+    "a tensor that is written to",
+    "autocast",
+    "a class that is asked for",
+    "an attribute that is set",
+    "a result that is compared",
+)
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_what_changes_between_two_blocks_is_refused(how):
+    step = ck.cache(Shared(how), ck.step_mask([1, 0]))
+    with pytest.raises(ck.StructureError, match="returns something else when its blocks run as a step runs them"):
+        step.init(2, X)
+
+
+@pytest.mark.parametrize("how", [*SHARED[:3], *SHARED[4:]])
+def test_as_a_whole_it_is_cached_all_the_same(how):
+    model = Shared(how)
+    step = ck.cache(model, ck.step_mask([1, 0], sites="output"))
+    out, state = step(step.init(2, X), X)
+    assert torch.equal(out, Shared.forward(model, X))
+    again, _ = step(state, 2 * X)
+    assert torch.equal(again, out)

@@ -5,6 +5,7 @@ Also where the two part on purpose: a NaN in the probe, control hints added twic
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -71,6 +72,9 @@ MAG_FAILS: dict[str, tuple[type[Exception], str]] = {
     "AuraFlow": (ValueError, "not registered"),
     "Lumina2": (ValueError, "not registered"),
 }
+if importlib.metadata.version("diffusers") < "0.42":  # the last on Python 3.10 knows less of Flux2
+    MAG = tuple(name for name in MAG if name != "Flux2")
+    FIRST_BLOCK_FAILS["Flux2"] = MAG_FAILS["Flux2"] = (ValueError, "not registered")
 MAG_SETTINGS = ((0.06, 3, 0.2), (0.24, 5, 0.1))  # threshold, K, retention: diffusers' defaults, the authors' for FLUX
 
 # What Mochi says of itself on a CPU, cached or not.

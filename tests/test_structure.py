@@ -26,7 +26,7 @@ DISCOVERED = tuple(flow for flow in FLOWS if flow != "ambiguous")
 
 def found(model: nn.Module, front: int = 0, structure: tuple[ck.Chain, ...] = (), inputs: tuple | None = None) -> Found:
     """What discovery says of a model."""
-    record = discover(model, block_paths(model), (), inputs or feed(0), {}, torch.device("cpu"))
+    record, _ = discover(model, block_paths(model), (), inputs or feed(0), {}, torch.device("cpu"))
     return lay_out(record, front, structure)
 
 

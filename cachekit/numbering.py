@@ -1,0 +1,104 @@
+"""Whether two forwards compute the same, without computing: every tensor gets a number that says how it came about.
+
+Two tensors have equal numbers when the same operators made them from the same tensors in the same way. So a forward in
+which blocks run later than they were called is the forward of the model where what it returns has the same numbers,
+whatever the blocks share and whatever happens between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Numbering(TorchDispatchMode):
+    """Numbers every tensor of a forward that runs under it."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled pieces of a model run under this mode as they run without it."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """And are one operator each to it."""
+        return True
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._given = list(given)
+        self._contents: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """What the forward is given is as it was, also where it was written to."""
+        for number, tensor in enumerate(self._given):
+            self._keep(tensor, hash(("given", number)))
+
+    def number(self, value: Any) -> int:
+        """Of a tensor, or of whatever else is an argument."""
+        if isinstance(value, Tensor):
+            view = (tuple(value.shape), tuple(value.stride()), value.storage_offset(), value.dtype)
+            return hash((self._content(value), view, value.is_conj(), value.is_neg()))
+        return hash((type(value), repr(value))) if isinstance(value, PLAIN) else hash(type(value).__name__)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        made = hash((str(func), *map(self.number, leaves)))
+        given = {_address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        out = func(*args, **kwargs)
+        for place, tensor in enumerate(_written(func, args, kwargs)):
+            self._keep(tensor, hash((made, "written", place)))
+        for place, tensor in enumerate(pytree.tree_leaves(out)):
+            if isinstance(tensor, Tensor) and _address(tensor) not in given:
+                self._keep(tensor, hash((made, place)))
+        return out
+
+    def _content(self, tensor: Tensor) -> int:
+        reference, content = self._contents.get(_address(tensor), (None, 0))
+        if reference is None or reference.expired():
+            content = hash((tensor.dtype, tuple(tensor.shape), _values(tensor)))
+        return content
+
+    def _keep(self, tensor: Tensor, content: int) -> None:
+        self._contents[_address(tensor)] = (StorageWeakRef(tensor.untyped_storage()), content)
+
+
+def _values(tensor: Tensor) -> str | None:
+    """Of a constant that the forward makes, where they are few and known: they tell it from others."""
+    constant = tensor.constant if isinstance(tensor, FakeTensor) else tensor
+    if type(constant) is not Tensor or constant.device.type != "cpu" or constant.numel() > 64:
+        return None
+    with _disable_current_modes():
+        try:
+            return str(constant.tolist())
+        except RuntimeError:  # it has no memory either
+            return None
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    if not isinstance(func, OpOverload) or not func._schema.is_mutable:
+        return []
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
