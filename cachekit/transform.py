@@ -197,6 +197,11 @@ class CachedStep(nn.Module):
             self.shadow = self.opened.shadow
         return found
 
+    def train(self, mode: bool = True) -> CachedStep:
+        """Set the training mode of the model, with whose modules the step computes."""
+        self.opened.original.train(mode)
+        return super().train(mode)
+
     # Making states -------------------------------------------------------------------------------------------
 
     def init(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> State:

@@ -152,6 +152,17 @@ def test_another_dtype_is_another_record(way):
     assert torch.equal(out, model(X)) and out.dtype == torch.bfloat16
 
 
+def test_the_mode_of_a_step_is_that_of_its_model():
+    model = Model()
+    model.blocks[1].lin = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    step = ck.cache(model, ck.step_mask([1] * 6)).eval()
+    assert not model.blocks[1].lin.training
+    state = step.init(6, X)
+    first, state = step(state, X)
+    second, _ = step(state, X)
+    assert torch.equal(first, second)
+
+
 def test_a_trajectory_begun_before_a_replacement_does_not_go_on():
     model, step, state = begin("eager")
     model.blocks[2] = Block()

@@ -3,8 +3,9 @@
 Source: TaylorSeer, arXiv 2503.06923 (https://github.com/Shenyi-Z/TaylorSeer), and the hooks of diffusers.
 
 Departures: attention and feed-forward networks are found by what they do, where the hooks of diffusers go by names and
-match nothing on models that call theirs `attn1`. Where a block runs its attention and its feed-forward network side by
-side into one projection, that projection is the site: it holds both. `basis="newton"` is no part of the paper.
+match nothing on models that call theirs `attn1`. A block that runs both side by side into one projection, as the single
+blocks of FLUX do, has no feed-forward module: there attention alone is left out, unless the projection is named in
+`sites`. `basis="newton"` is no part of the paper.
 """
 
 from __future__ import annotations
