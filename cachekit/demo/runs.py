@@ -98,9 +98,9 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
     first = [(threshold, None) for threshold in thresholds] + [(threshold, newton) for threshold in thresholds[-2:]]
     budgets = ((0.06, 2, None), (0.06, 2, taylor))
     if not short:
-        budgets = ((0.03, 1, None), (0.06, 2, None), (0.12, 4, None), (0.06, 2, taylor))
-    intervals = (3,) if short else (2, 3, 5)
-    broadcasts = ((2, None),) if short else ((2, None), (2, 4))
+        budgets = ((0.06, 2, None), (0.12, 4, None), (0.06, 2, taylor))
+    intervals = (3,) if short else (3, 5)
+    broadcasts = ((2, None),) if short else ((2, 4),)
     # No paper has these: parts of two methods, put together.
     probe = ck.first_block_cache(0.16, forecaster=newton)
     budget = ck.mag_cache(ratios, threshold=0.06, max_skips=2, retention=0, forecaster=newton)
