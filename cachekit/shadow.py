@@ -126,10 +126,19 @@ class Follower:
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         # The values themselves: an id alone may be that of another object by now.
         self._pairs = [(source, target, [*source.__dict__.values()]) for source, target in pairs]
+        self._holders = [source.__dict__ for source, _, _ in self._pairs]
+        self._before = self._now()
+
+    def _now(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._holders))]
 
     def __call__(self) -> bool:
         """Take over what has changed; whether anything has."""
+        now = self._now()
+        if len(now) == len(self._before) and all(map(operator.is_, now, self._before)):
+            return False
         changed = False
+        self._before = now
         for n, (source, target, before) in enumerate(self._pairs):
             now = [*source.__dict__.values()]
             if len(now) != len(before) or not all(map(operator.is_, now, before)):
