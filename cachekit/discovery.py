@@ -18,14 +18,13 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.errors import CacheError, StructureError
 from cachekit.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.layout import Layout
-from cachekit.numbering import Numbering
+from cachekit.numbering import Numbering, Onlooker, address
 from cachekit.parts import Watch, kind_of
 from cachekit.record import DENOISED, Call, Const, Early, Key, Leaf, Part, Record, TensorSpec, Tree
 from cachekit.shadow import PATCHED, early_paths, stands
@@ -212,20 +211,8 @@ def _inputs(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> list[li
     return [tensors[name] for name in names]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Onlooker):
     """Follows identity, origin and additions of every tensor through a forward."""
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def is_infra_mode(cls) -> bool:
-        """Compiled pieces of a model (flex attention is one) run under this mode as they run without it."""
-        return True
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """And are one operator each to it."""
-        return True
 
     def __init__(self, inputs: Sequence[Sequence[Tensor]]) -> None:
         super().__init__()
@@ -265,16 +252,16 @@ class Recorder(TorchDispatchMode):
 
     def labels(self, tensor: Tensor) -> frozenset[int]:
         """What a tensor was computed from: calls of blocks, and arguments of the model."""
-        return _set(self._labels, tensor) | self._written.get(_storage(tensor), frozenset())
+        return _set(self._labels, tensor) | self._written.get(address(tensor), frozenset())
 
     def _memory(self, tensor: Tensor) -> int:
         """The same int for the same memory, also after an address has been used again."""
-        address = _storage(tensor)
-        reference, number = self._memories.get(address, (None, 0))
+        place = address(tensor)
+        reference, number = self._memories.get(place, (None, 0))
         if reference is None or reference.expired():
             self._count += 1
             number = self._count
-            self._memories[address] = (StorageWeakRef(tensor.untyped_storage()), number)
+            self._memories[place] = (StorageWeakRef(tensor.untyped_storage()), number)
         return number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -292,10 +279,10 @@ class Recorder(TorchDispatchMode):
         labels = frozenset().union(*(self.labels(tensor) for tensor in inputs))
         lineage = self._carried(func, inputs)
         mutable = isinstance(func, OpOverload) and func._schema.is_mutable
-        shared = {_storage(tensor) for tensor in inputs}
+        shared = {address(tensor) for tensor in inputs}
         for tensor in outputs:
             self._labels[tensor] = labels
-            storage = _storage(tensor)
+            storage = address(tensor)
             if storage not in shared:
                 self._written.pop(storage, None)  # a new tensor at an old address
             elif mutable:
@@ -426,8 +413,8 @@ class Recorder(TorchDispatchMode):
         versions = [_version(tensor) for tensor in given]
         out = site._run(*args, **kwargs)
         results = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        old = {_storage(tensor) for tensor in (*given, *site._block.parameters(), *site._block.buffers())}
-        fresh = not any(_storage(tensor) in old for tensor in results)
+        old = {address(tensor) for tensor in (*given, *site._block.parameters(), *site._block.buffers())}
+        fresh = not any(address(tensor) in old for tensor in results)
         pure = fresh and _plain(out) and versions == [_version(tensor) for tensor in given]
         tokens = frozenset(self.token(tensor) for tensor in results)
         self._results |= tokens
@@ -474,7 +461,3 @@ def _set(sets: WeakIdKeyDictionary, tensor: Tensor) -> frozenset:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-class Numbering(TorchDispatchMode):
-    """Numbers every tensor of a forward that runs under it."""
+class Onlooker(TorchDispatchMode):
+    """Sees every operator of a forward and changes nothing."""
 
     supports_higher_order_operators = True
 
@@ -35,6 +35,10 @@ class Numbering(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         """And are one operator each to it."""
         return True
+
+
+class Numbering(Onlooker):
+    """Numbers every tensor of a forward that runs under it."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
@@ -58,23 +62,23 @@ class Numbering(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         made = hash((str(func), *map(self.number, leaves)))
-        given = {_address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        given = {address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
         for place, tensor in enumerate(_written(func, args, kwargs)):
             self._keep(tensor, hash((made, "written", place)))
         for place, tensor in enumerate(pytree.tree_leaves(out)):
-            if isinstance(tensor, Tensor) and _address(tensor) not in given:
+            if isinstance(tensor, Tensor) and address(tensor) not in given:
                 self._keep(tensor, hash((made, place)))
         return out
 
     def _content(self, tensor: Tensor) -> int:
-        reference, content = self._contents.get(_address(tensor), (None, 0))
+        reference, content = self._contents.get(address(tensor), (None, 0))
         if reference is None or reference.expired():
             content = hash((tensor.dtype, tuple(tensor.shape), _values(tensor)))
         return content
 
     def _keep(self, tensor: Tensor, content: int) -> None:
-        self._contents[_address(tensor)] = (StorageWeakRef(tensor.untyped_storage()), content)
+        self._contents[address(tensor)] = (StorageWeakRef(tensor.untyped_storage()), content)
 
 
 def _values(tensor: Tensor) -> str | None:
@@ -89,7 +93,8 @@ def _values(tensor: Tensor) -> str | None:
             return None
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Of the memory of a tensor: equal for tensors that share it, while they live."""
     return tensor.untyped_storage()._cdata
 
 

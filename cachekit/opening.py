@@ -92,7 +92,7 @@ class Opened:
                     site.__dict__["_run"] = torch.compile(site._run, **self._options)
         elif self._options is not None:
             self.blocks = {path: torch.compile(block, **self._options) for path, block in self.blocks.items()}
-        self._standing = made.sites
+        self._stand_ins = made.sites
         self._refresh = Follower([*made.shells, *((vars(site)["_block"], site) for site in made.sites)])
         self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
 
@@ -118,7 +118,7 @@ class Opened:
                     self._early |= early
                     self._parts |= parts
                     self._build()
-            for site in self._standing:
+            for site in self._stand_ins:
                 take_over(site)
             return self._found[signature]
 

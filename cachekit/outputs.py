@@ -39,17 +39,17 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     (state,) = frame["sites"][output.name]
     if guidance.separate:
         out = model(*args, **kwargs)
-        cond = _only(output, out)
+        cond = _only(out)
         check_like(state.low, cond, output.dtypes[0], output.name)
         remember(frame, output.name, (guidance.keep(state, cond),))
         return out
     without, prompted = guidance.halves(args, kwargs)
     if frame["mode"] == GRAPH:
         # Branches of one graph have equal shapes: the conditional half always runs by itself.
-        cond = _only(output, model(*prompted[0], **prompted[1]))
+        cond = _only(model(*prompted[0], **prompted[1]))
 
         def compute():
-            uncond = _only(output, frame["original"](*without[0], **without[1]))
+            uncond = _only(frame["original"](*without[0], **without[1]))
             return uncond, guidance.update(state, uncond, cond)
 
         def reuse():
@@ -59,10 +59,10 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         remember(frame, output.name, (fresh,))
     elif computes(frame, output.group):
         frame["full"] = True
-        uncond, cond = guidance.split(_only(output, model(*args, **kwargs)))
+        uncond, cond = guidance.split(_only(model(*args, **kwargs)))
         remember(frame, output.name, (guidance.update(state, uncond, cond),))
     else:
-        cond = _only(output, model(*prompted[0], **prompted[1]))
+        cond = _only(model(*prompted[0], **prompted[1]))
         uncond = guidance.predict(state, cond, now.step)
     check_like(state.low, cond, output.dtypes[0], output.name)
     return _assembled(output, [guidance.join(uncond, cond)])
@@ -74,7 +74,7 @@ def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -
     (state,) = frame["sites"][output.name]
 
     def compute():
-        uncond = _only(output, model(*args, **kwargs))
+        uncond = _only(model(*args, **kwargs))
         check_like(state.low, uncond, output.dtypes[0], output.name)
         return uncond, guidance.update(state, uncond, state.cond)
 
@@ -89,7 +89,7 @@ def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -
     return _assembled(output, [uncond])
 
 
-def _only(output: Output, out: Any) -> Tensor:
+def _only(out: Any) -> Tensor:
     """The one tensor that a guided model returns."""
     (value,) = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
     return value

@@ -126,13 +126,8 @@ class Policy:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of sites inside the model that are decided upon."""
-        return tuple(group for group in self.deciders if group != GUIDANCE)
-
-    @property
-    def probed(self) -> bool:
-        """Whether the decision waits for the front blocks of this very step."""
-        return self.front > 0 and not self.static
+        """The kinds of modules that have a decider of their own."""
+        return tuple(group for group in self.deciders if group in KINDS)
 
 
 def _check_sites(sites: Any) -> None:

@@ -172,14 +172,13 @@ class CachedStep(nn.Module):
         self.policy = policy
         self.donate = donate
         self.structure = stated
-        groups = () if policy.groups == (ALL,) else policy.groups
         self.opened = Opened(
             model,
             policy.front,
             stated,
             block_options,
             sites=policy.sites,
-            groups=groups,
+            groups=policy.groups,
             guided=policy.guidance is not None,
         )
         # The shadow holds the parameters of the model under their own names.
@@ -302,7 +301,8 @@ class CachedStep(nn.Module):
     # Running -------------------------------------------------------------------------------------------------
 
     def forward(self, state: State, /, *args, **kwargs) -> tuple[Any, State]:
-        """One denoising step: exactly what the model returns, and the next state. `state` is not changed.
+        """One denoising step: exactly what the model returns, and the next state. `state` is not changed, unless it is
+        given away (`donate`).
 
         Raises:
             StateError: the trajectory is over, or the state was made for other shapes, dtypes or devices.
@@ -387,8 +387,10 @@ class CachedStep(nn.Module):
 
     def planned(self, state: State, index: int) -> dict[str, bool]:
         """What a static policy does at a step: group of sites -> whether it computes."""
-        plans = state.plan if self.policy.grouped else {ALL: state.plan}
-        return {group: bool(plan[index]) for group, plan in plans.items()}
+        return {group: bool(plan[index]) for group, plan in self._plans(state).items()}
+
+    def _plans(self, state: State) -> dict[str, Tensor]:
+        return state.plan if self.policy.grouped else {ALL: state.plan}
 
     def verdict(self, state: State, moment: Moment) -> bool:
         """What a policy that looks at a signal does. Step 0 computes: nothing is cached yet."""
@@ -436,8 +438,7 @@ class CachedStep(nn.Module):
         policy = self.policy
         frame = self.frame(GRAPH, layout, state.sites, state.reference, self.clock(state))
         if policy.static:
-            plans = state.plan if policy.grouped else {ALL: state.plan}
-            frame["compute"] = {group: take(plan, state.step) for group, plan in plans.items()}
+            frame["compute"] = {group: take(plan, state.step) for group, plan in self._plans(state).items()}
 
         def decide(sums):
             seen = moment._replace(signal=_tensors(sums))
