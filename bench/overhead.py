@@ -207,16 +207,19 @@ def check(table: list[Row], calls: int = 3) -> dict[str, float]:
     return seconds
 
 
-def measure(table: list[Row], rounds: int, warm: int) -> list[list[float]]:
-    """Seconds of single calls, all rows in turn, each after as many calls as make the processor's caches its own."""
+def measure(table: list[Row], rounds: int, warm: int, timed: int) -> list[list[float]]:
+    """Seconds of a call, all rows in turn: the median of some calls after those that warm the processor's caches."""
     samples: list[list[float]] = [[] for _ in table]
     for n in range(rounds):
         for row, found in zip(table, samples, strict=True):
             for i in range(warm):
                 row.call(n + i)
-            start = time.perf_counter()
-            row.call(n + warm)
-            found.append(time.perf_counter() - start)
+            seconds = []
+            for i in range(warm, warm + timed):
+                start = time.perf_counter()
+                row.call(n + i)
+                seconds.append(time.perf_counter() - start)
+            found.append(statistics.median(seconds))
         if sys.stderr.isatty():
             print(f"\r  round {n + 1} of {rounds}", end="", file=sys.stderr)
     if sys.stderr.isatty():
@@ -237,8 +240,8 @@ def bench(name: str, rounds: int) -> list[dict[str, Any]]:
             table = rows(model, inputs, method, action)
             seconds = check(table)
             # A near-empty call is over before the caches are warm, and so short that many more are affordable.
-            many = 4 if name == "small" else 1
-            samples = measure(table, rounds * many, warm=20 if name == "small" else 2)
+            warm, timed = (20, 20) if name == "small" else (2, 1)
+            samples = measure(table, rounds, warm, timed)
             base = samples[1]
             for row, found in list(zip(table, samples, strict=True))[2 if results else 0 :]:
                 low, middle, high = statistics.quantiles([a / b for a, b in zip(found, base, strict=True)], n=4)
@@ -264,7 +267,7 @@ def bench(name: str, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rounds", type=int, default=40, help="timed calls a row; the small model has four times as many"
+        "--rounds", type=int, default=40, help="samples a row; one is a call of the medium model, 20 of the small one"
     )
     parser.add_argument("--models", default="medium,small", help="which of medium, small")
     parser.add_argument(

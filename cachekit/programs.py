@@ -35,7 +35,9 @@ class Programs:
 
     def _program(self, action: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
         if action not in self._compiled:
-            self._compiled[action] = torch.compile(_fresh(function), **self._arguments)
+            # torch.compile takes the filter out of the options that it is given.
+            arguments = {**self._arguments, "options": {**self._arguments["options"]}}
+            self._compiled[action] = torch.compile(_fresh(function), **arguments)
         return self._compiled[action]
 
     def run(

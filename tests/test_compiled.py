@@ -177,6 +177,25 @@ def test_compile_leaves_the_old_step_eager():
     assert not counters["stats"]["unique_graphs"]
 
 
+def test_every_program_has_the_options():
+    model, x = DiT(), (torch.randn(1, 6, CHANNELS), torch.ones(1), torch.randn(1, 5, CHANNELS))
+    asked = []
+
+    def keep_all(entries):
+        asked.append(len(entries))
+        return [True] * len(entries)
+
+    step = ck.cache(model, ck.first_block_cache(0.3, max_skips=1)).compile(
+        backend="eager", options={"guard_filter_fn": keep_all}
+    )
+    with torch.no_grad():
+        state = step.init(3, *x)
+        for _ in range(3):
+            _, state = step(state, *x)
+    assert ck.summary(state).computed == (True, False, True)
+    assert len(asked) == 3, "probe, compute and reuse: torch.compile takes the filter out of what it is given"
+
+
 class Doubled(torch.nn.Linear):
     """What a checkpoint of plain layers fits into as well."""
 
