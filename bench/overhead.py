@@ -6,7 +6,7 @@ model, call by call in turn; a row's figure is the median of its ratios to the p
 Seconds are for orientation only. Compilation is timed apart, from an empty cache of compiled code. No result is timed
 before it agrees with what it should be.
 
-    python bench/overhead.py [--rounds 40] [--models medium,small] [--out bench/results]
+    python bench/overhead.py [--rounds 40] [--models medium,small] [--methods mag_cache,taylorseer] [--out DIR]
 """
 
 from __future__ import annotations
@@ -28,13 +28,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks.first_block_cache import FirstBlockCacheConfig, apply_first_block_cache
-from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+    apply_faster_cache,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_pyramid_attention_broadcast,
+    apply_taylorseer_cache,
+)
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 import cachekit as ck
 
 STEPS = 1000  # a row that reaches the end starts again
+TIMES = [950.0] + [500.0] * (STEPS - 1)  # the first outside, the others inside of every range of timesteps
 MODELS = {
     "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
     "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
@@ -44,7 +55,7 @@ MODELS = {
 class Row(NamedTuple):
     """One way to run a step."""
 
-    method: str  # plain, first_block_cache, mag_cache
+    method: str  # plain, or a method
     way: str  # who runs it and how
     action: str  # computed or skipped
     call: Callable[[int], torch.Tensor]  # step index -> output
@@ -99,7 +110,8 @@ class Ours:
             step = step.compile(regional=True)
         elif way == "programs":
             step = step.compile()
-        self.left, self.state = STEPS, step.init(STEPS, **inputs[0])
+        self.left, self.state = STEPS, step.init(TIMES, **inputs[0])
+        self.sites = len(self.state.sites)
         self.run = torch.compile(step, fullgraph=True) if way == "one graph" else step
         self.inputs = inputs
 
@@ -114,37 +126,142 @@ class Ours:
         self.left -= 1
         return out[0]
 
+    @property
+    def state_bytes(self) -> int:
+        """Of all tensors in the state."""
+        return ck.summary(self.state).state_bytes
+
 
 class Hooks:
     """A trajectory under the hooks of diffusers."""
 
-    def __init__(self, model, config, inputs, compiled: bool) -> None:
-        hooked = copy.deepcopy(model)
-        if isinstance(config, FirstBlockCacheConfig):
-            apply_first_block_cache(hooked, config)
-        else:
-            apply_mag_cache(hooked, config)
-        self.model, self.inputs = hooked, inputs
-        self.run = torch.compile(hooked) if compiled else hooked
+    def __init__(self, model, apply: Callable, config: Callable, inputs, compiled: bool) -> None:
+        self.calls, self.inputs = 0, inputs
+        self.model = copy.deepcopy(model)
+        apply(self.model, config(lambda: TIMES[min(self.calls, 1)]))
+        self.run = torch.compile(self.model) if compiled else self.model
 
     def __call__(self, i: int) -> torch.Tensor:
         """One step; its output."""
         with self.model.cache_context("cond"):
-            return self.run(**self.inputs[i % len(self.inputs)])[0]
+            out = self.run(**self.inputs[i % len(self.inputs)])[0]
+        self.calls += 1
+        return out
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all tensors that the hooks hold on to."""
+        found: dict[int, int] = {}
+
+        def visit(value: Any) -> None:
+            if isinstance(value, torch.Tensor):
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            elif isinstance(value, dict):
+                for name, each in value.items():
+                    if name != "fn_ref":
+                        visit(each)
+            elif isinstance(value, (list, tuple)):
+                for each in value:
+                    visit(each)
+            elif type(value).__module__.startswith("diffusers.hooks"):
+                visit(getattr(value, "__dict__", None))
+
+        for module in self.model.modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            if registry is not None:
+                visit(registry.hooks)
+        return sum(found.values())
 
 
-def policies(action: str) -> dict[str, tuple[ck.Policy, Any]]:
-    """Ours and theirs, set so that every step after the first takes one action."""
-    ones = [1.0] * 4
-    skips = STEPS if action == "skipped" else 0
-    threshold = 1e9 if action == "skipped" else 0.0
+class Method(NamedTuple):
+    """Ours and theirs, set so that every step after the first few takes one action."""
+
+    policy: ck.Policy
+    apply: Callable  # the hooks of diffusers
+    config: Callable  # a function that returns the timestep -> their settings
+    gone: tuple[str, ...]  # names of the modules in a block that do not run on a skip; () for whole blocks
+
+
+def first_block_cache(skip: bool) -> Method:
+    threshold = 1e9 if skip else 0.0
+    theirs = FirstBlockCacheConfig(threshold=threshold)
+    return Method(ck.first_block_cache(threshold), apply_first_block_cache, lambda _: theirs, ())
+
+
+def mag_cache(skip: bool) -> Method:
+    skips, ones = STEPS if skip else 0, [1.0] * 4
     theirs = MagCacheConfig(
         threshold=0.5, max_skip_steps=skips, retention_ratio=0.0, num_inference_steps=STEPS, mag_ratios=ones
     )
-    return {
-        "first_block_cache": (ck.first_block_cache(threshold), FirstBlockCacheConfig(threshold=threshold)),
-        "mag_cache": (ck.mag_cache(ones, threshold=0.5, max_skips=skips, retention=0.0), theirs),
-    }
+    ours = ck.mag_cache(ones, threshold=0.5, max_skips=skips, retention=0.0)
+    return Method(ours, apply_mag_cache, lambda _: theirs, ())
+
+
+def pyramid_attention_broadcast(skip: bool) -> Method:
+    every = STEPS if skip else 1
+    return Method(
+        ck.pyramid_attention_broadcast(every),
+        apply_pyramid_attention_broadcast,
+        lambda now: PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=every, current_timestep_callback=now
+        ),
+        ("attn",),
+    )
+
+
+def taylorseer(skip: bool) -> Method:
+    every, parts = STEPS if skip else 1, r".*\.(attn|ff|ff_context)"
+    theirs = TaylorSeerCacheConfig(
+        cache_interval=every,
+        disable_cache_before_step=2,
+        cache_identifiers=[parts],
+        taylor_factors_dtype=torch.float32,
+    )
+    ours = ck.taylorseer(every, warmup=2, dtype=torch.float32, sites="attention+mlp", semantics="diffusers")
+    return Method(ours, apply_taylorseer_cache, lambda _: theirs, ("attn", "ff", "ff_context"))
+
+
+def faster_cache(skip: bool) -> Method:
+    every = STEPS if skip else 1
+    return Method(
+        ck.faster_cache(every, cfg=None),
+        apply_faster_cache,
+        lambda now: FasterCacheConfig(
+            spatial_attention_block_skip_range=every,
+            attention_weight_callback=lambda _: 0.5,
+            is_guidance_distilled=True,
+            current_timestep_callback=now,
+        ),
+        ("attn",),
+    )
+
+
+METHODS = {
+    made.__name__: made
+    for made in (first_block_cache, mag_cache, pyramid_attention_broadcast, taylorseer, faster_cache)
+}
+
+
+class Gone(torch.nn.Module):
+    """What stands where a module of a block was taken out."""
+
+    def forward(self, hidden_states, encoder_hidden_states=None, **_):
+        """What came in."""
+        return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
+def without(model, method: str, gone: tuple[str, ...]):
+    """The model, with what a skipped step leaves out taken out by hand; None for nothing to compare with."""
+    cut = copy.deepcopy(model)
+    if method == "first_block_cache":
+        cut.transformer_blocks, cut.single_transformer_blocks = cut.transformer_blocks[:1], torch.nn.ModuleList()
+    elif method == "mag_cache":
+        cut.transformer_blocks = cut.single_transformer_blocks = torch.nn.ModuleList()
+    for block in (*cut.transformer_blocks, *cut.single_transformer_blocks):
+        for name in gone:
+            if hasattr(block, name):
+                setattr(block, name, Gone())
+    return cut
 
 
 def rows(model, inputs, method: str, action: str) -> list[Row]:
@@ -159,10 +276,10 @@ def rows(model, inputs, method: str, action: str) -> list[Row]:
         Row("plain", "eager", "computed", plain, None),
         Row("plain", "torch.compile", "computed", lambda i: compiled(inputs[i % len(inputs)])[0], plain),
     ]
-    if (method, action) == ("first_block_cache", "skipped"):
-        # What no cache that runs the first block can go below: the model without the other blocks.
-        cut = copy.deepcopy(model)
-        cut.transformer_blocks, cut.single_transformer_blocks = cut.transformer_blocks[:1], torch.nn.ModuleList()
+    ours, apply, config, gone = METHODS[method](action == "skipped")
+    if action == "skipped":
+        # What no cache that runs the rest can go below.
+        cut = without(model, method, gone)
         alone = torch.compile(lambda kwargs: cut(**kwargs), fullgraph=True)
 
         def floor(i: int) -> torch.Tensor:
@@ -171,19 +288,18 @@ def rows(model, inputs, method: str, action: str) -> list[Row]:
         def right(i: int) -> torch.Tensor:
             return cut(**inputs[i % len(inputs)])[0]
 
-        table.append(Row("plain", "first block alone, compiled", action, floor, right))
+        table.append(Row(method, "what is skipped taken out", action, floor, right))
     expected = plain if action == "computed" else None
-    ours, theirs = policies(action)[method]
     against = f"{method}, diffusers hooks, eager, {action}"
     for way, is_compiled in (("eager", False), ("torch.compile", True)):
-        hooked = Hooks(model, theirs, inputs, is_compiled)
+        hooked = Hooks(model, apply, config, inputs, is_compiled)
         table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
     for way in ("eager", "regional", "programs", "one graph"):
         table.append(Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against))
     return table
 
 
-def check(table: list[Row], calls: int = 3) -> dict[str, float]:
+def check(table: list[Row], calls: int = 6) -> dict[str, float]:
     """Run every row a few steps: compile it, and refuse a wrong result. Returns seconds of the first calls."""
     outputs: dict[str, list[torch.Tensor]] = {}
     seconds = {}
@@ -227,14 +343,17 @@ def measure(table: list[Row], rounds: int, warm: int, timed: int) -> list[list[f
     return samples
 
 
-def bench(name: str, rounds: int) -> list[dict[str, Any]]:
+def bench(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure one model and print its table."""
     model, inputs = build(MODELS[name])
     print(f"\n{name}: {MODELS[name]}")
-    print(f"{'method':<18} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'ms':>9} {'first s':>8}")
+    print(
+        f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'ms':>9} {'first s':>8} "
+        f"{'state KiB':>10}"
+    )
     results: list[dict[str, Any]] = []
     for action in ("computed", "skipped"):
-        for method in policies(action):
+        for method in methods:
             # Fresh: whatever was compiled for other rows costs none of these a look.
             torch._dynamo.reset()
             table = rows(model, inputs, method, action)
@@ -255,10 +374,13 @@ def bench(name: str, rounds: int) -> list[dict[str, Any]]:
                     "p75": high,
                     "seconds": statistics.median(found),
                     "first_calls_seconds": seconds[f"{row.method}, {row.way}, {row.action}"],
+                    "state_bytes": getattr(row.call, "state_bytes", 0),
+                    "sites": getattr(row.call, "sites", None),
                 }
                 print(
-                    f"{row.method:<18} {row.way:<30} {row.action:<9} {middle:>8.4f} {low:>7.3f} {high:>7.3f} "
-                    f"{entry['seconds'] * 1e3:>9.3f} {entry['first_calls_seconds']:>8.1f}"
+                    f"{row.method:<28} {row.way:<30} {row.action:<9} {middle:>8.4f} {low:>7.3f} {high:>7.3f} "
+                    f"{entry['seconds'] * 1e3:>9.3f} {entry['first_calls_seconds']:>8.1f} "
+                    f"{entry['state_bytes'] / 1024:>10.1f}"
                 )
                 results.append(entry)
     return results
@@ -270,6 +392,7 @@ def main() -> None:
         "--rounds", type=int, default=40, help="samples a row; one is a call of the medium model, 20 of the small one"
     )
     parser.add_argument("--models", default="medium,small", help="which of medium, small")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"which of {', '.join(METHODS)}")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files, one a model"
     )
@@ -291,7 +414,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models.split(","):
         with torch.no_grad():
-            record["rows"] = bench(name, options.rounds)
+            record["rows"] = bench(name, options.methods.split(","), options.rounds)
         path = options.out / f"overhead-{name}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"\nwritten: {path}")

@@ -25,6 +25,15 @@ def _fresh(value: Tensor) -> Tensor:
     return value.contiguous().clone(memory_format=torch.contiguous_format)
 
 
+def apart(value: Tensor) -> Tensor:
+    """A copy that the compiler takes for another tensor than `value`.
+
+    Inductor (2.11 to 2.13) drops both of two clones that a branch returns of one tensor. They are one memory then, into
+    which it writes when the one is used up, and the other is lost.
+    """
+    return (value * 1).to(value.dtype)
+
+
 def unaliased(
     aliases: Sequence[Sequence[Place]], calls: list[tuple[tuple, dict[str, Any]]]
 ) -> list[tuple[Any, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.arguments import assemble
-from cachekit.branches import either, unaliased
+from cachekit.branches import apart, either, unaliased
 from cachekit.errors import StructureError
 from cachekit.frames import ACTION, GRAPH, PROBE, REPLAY, Frame, check_like, computes, example, remember, updated
 from cachekit.layout import Output
@@ -128,7 +128,7 @@ def _either(frame: Frame, output: Output, run: Callable[[], Any]) -> list[Tensor
 
     def compute():
         values = _tensors_of(frame, output, run())
-        return values, updated(frame, values, states)
+        return values, updated(frame, [apart(value) for value in values], states)
 
     def reuse():
         return _foreseen(frame, output), states
