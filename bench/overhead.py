@@ -28,18 +28,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks import (
-    FasterCacheConfig,
-    FirstBlockCacheConfig,
-    MagCacheConfig,
+from diffusers.hooks.faster_cache import FasterCacheConfig, apply_faster_cache
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks.mag_cache import MagCacheConfig, apply_mag_cache
+from diffusers.hooks.pyramid_attention_broadcast import (
     PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
-    apply_faster_cache,
-    apply_first_block_cache,
-    apply_mag_cache,
     apply_pyramid_attention_broadcast,
-    apply_taylorseer_cache,
 )
+from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig, apply_taylorseer_cache
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
 import cachekit as ck

@@ -13,10 +13,11 @@ from cachekit.methods import (
     step_mask,
     taylorseer,
 )
+from cachekit.plan import Plan
 from cachekit.policy import Policy
 from cachekit.state import State, Summary, summary
-from cachekit.structure import Chain
-from cachekit.transform import CachedStep, Plan, cache
+from cachekit.structure.chains import Chain
+from cachekit.transform import CachedStep, cache
 
 __version__ = "0.1.0"
 

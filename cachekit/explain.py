@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from cachekit.layout import ALL, Found, Layout
 from cachekit.state import State, human_bytes, state_bytes
+from cachekit.structure.layout import ALL, Found, Layout
 
 if TYPE_CHECKING:
-    from cachekit.transform import CachedStep, Plan
+    from cachekit.plan import Plan
+    from cachekit.transform import CachedStep
 
 
 def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None) -> str:

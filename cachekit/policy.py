@@ -13,9 +13,9 @@ from cachekit.deciders import Decider, Sums, any_of
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
 from cachekit.guidance import GUIDANCE, Guidance
-from cachekit.layout import ALL, PARTS, Sites
-from cachekit.parts import patterns_of
-from cachekit.record import KINDS
+from cachekit.structure.layout import ALL
+from cachekit.structure.parts import PARTS, Sites, patterns_of
+from cachekit.structure.record import KINDS
 
 SITES = ("chain", "output", *PARTS)
 

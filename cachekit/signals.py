@@ -32,3 +32,8 @@ def norm_ratio(value: Tensor, reference: Tensor) -> Sums:
     known = before != 0  # a NaN stays one
     ratios = torch.where(known, norm / torch.where(known, before, 1.0), 1.0)
     return Sums(ratios.sum(), torch.ones_like(ratios).sum())
+
+
+def numbers(sums: Tensor) -> Sums:
+    """The one host read of a step: both sums, [2], as Python numbers."""
+    return Sums(*sums.tolist())

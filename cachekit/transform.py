@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,43 +17,18 @@ from cachekit.deciders._decider import ratio, take, trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.explain import explanation
 from cachekit.forecasters import Clock
-from cachekit.frames import EAGER, GRAPH, Frame, check_reached
 from cachekit.guidance import GUIDANCE, GuidanceState
-from cachekit.layout import ALL, Found, Layout
-from cachekit.opening import Opened
-from cachekit.outputs import unconditional
+from cachekit.plan import Plan
 from cachekit.policy import Policy
-from cachekit.programs import Programs, numbers
-from cachekit.record import TensorSpec
-from cachekit.sites import run_framed
+from cachekit.running import eager, graph
+from cachekit.running.frames import EAGER, GRAPH, Frame
+from cachekit.running.opening import Opened
+from cachekit.running.outputs import unconditional
+from cachekit.running.programs import Programs
 from cachekit.state import State, fresh_log
-from cachekit.structure import Chain
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The actions of a whole trajectory, known before it starts."""
-
-    computed: tuple[bool, ...]  # whether a step computes everything
-    kinds: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # the same by kind, where each has its own plan
-
-    def __len__(self) -> int:
-        return len(self.computed)
-
-    @property
-    def actions(self) -> int:
-        """How many different ways to run a step there are: `step.compile()` makes one program of each."""
-        return len(set(zip(*self.kinds.values(), strict=True))) if self.kinds else len(set(self.computed))
-
-    def __str__(self) -> str:
-        width = max(map(len, self.kinds), default=0)
-        rows = [f"{sum(self.computed)} of {len(self)} steps computed  {_pattern(self.computed)}"]
-        rows += [f"  {kind:<{width}}  {_pattern(computed)}" for kind, computed in self.kinds.items()]
-        return "\n".join(rows)
-
-
-def _pattern(computed: Sequence[bool]) -> str:
-    return "".join("#" if each else "." for each in computed)
+from cachekit.structure.chains import Chain
+from cachekit.structure.layout import ALL, Found, Layout
+from cachekit.structure.record import TensorSpec
 
 
 class _Trajectory(NamedTuple):
@@ -309,7 +283,7 @@ class CachedStep(nn.Module):
             StructureError: a module was replaced since `init`, or the forward took another way.
         """
         if torch.compiler.is_compiling():
-            return self._in_graph(state, args, kwargs)
+            return graph.run(self, state, args, kwargs)
         return self._on_host(state, args, kwargs)
 
     def _on_host(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
@@ -324,7 +298,7 @@ class CachedStep(nn.Module):
         moment = Moment(index, known.times[index], steps, Sums(math.nan, math.nan))
         if self._programs is not None:
             return self._programs.run(self, state, moment, args, kwargs)
-        return self.run_eagerly(known.layout, state, moment, args, kwargs)
+        return eager.run(self, known.layout, state, moment, args, kwargs)
 
     def uncond(self, state: State, /, *args, **kwargs) -> tuple[Any, State]:
         """The unconditional call of a step, after its conditional one: for `faster_cache(cfg="separate")`.
@@ -366,30 +340,12 @@ class CachedStep(nn.Module):
             out, updated = unconditional(frame, self.opened.original, args, kwargs), frame["updated"]
         return out, _with_sites(state, updated)
 
-    def run_eagerly(
-        self, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Any, State]:
-        """One step without a compiler, decided on the way."""
-        frame = self.frame(EAGER, layout, state.sites, state.reference, self.clock(state))
-        if self.policy.static:
-            frame["compute"] = self.planned(state, moment.step)
-        frame["decide"] = lambda sums: self.verdict(state, moment._replace(signal=numbers(torch.stack(sums))))
-        try:
-            out = run_framed(frame, self.shadow, args, kwargs)
-            check_reached(frame)
-        except StructureError:
-            self.opened.forget()  # so that a new state, which the message asks for, is of a new record
-            raise
-        computed = all(frame["compute"].values())
-        if frame["sums"] is not None:
-            moment = moment._replace(signal=numbers(torch.stack(frame["sums"])))
-        return out, self.advance(state, moment, computed, frame["updated"], frame["residual"])
-
     def planned(self, state: State, index: int) -> dict[str, bool]:
         """What a static policy does at a step: group of sites -> whether it computes."""
-        return {group: bool(plan[index]) for group, plan in self._plans(state).items()}
+        return {group: bool(plan[index]) for group, plan in self.plans(state).items()}
 
-    def _plans(self, state: State) -> dict[str, Tensor]:
+    def plans(self, state: State) -> dict[str, Tensor]:
+        """The plans of a state of a static policy, by group of sites."""
         return state.plan if self.policy.grouped else {ALL: state.plan}
 
     def verdict(self, state: State, moment: Moment) -> bool:
@@ -420,56 +376,6 @@ class CachedStep(nn.Module):
     def layout(self, names: tuple[str, ...]) -> Layout:
         """The layout whose sites have these names."""
         return self.opened.layouts[names]
-
-    def _in_graph(self, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, State]:
-        layout = self.layout(tuple(state.sites))
-        steps = state.timesteps.shape[0]
-        torch.ops.aten._assert_async.msg(
-            state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
-        )
-        self.opened.prepare_trace()
-        nan = torch.full((), math.nan, dtype=torch.float64)
-        moment = Moment(
-            step=state.step,
-            timestep=take(state.timesteps, state.step),
-            steps=torch.full((), steps, dtype=torch.int64),
-            signal=Sums(nan, nan),
-        )
-        policy = self.policy
-        frame = self.frame(GRAPH, layout, state.sites, state.reference, self.clock(state))
-        if policy.static:
-            frame["compute"] = {group: take(plan, state.step) for group, plan in self._plans(state).items()}
-
-        def decide(sums):
-            seen = moment._replace(signal=_tensors(sums))
-            return (state.step == 0) | policy.deciders[ALL].decide(state.decider, seen)
-
-        frame["decide"] = decide
-        out = run_framed(frame, self.shadow, args, kwargs)
-        check_reached(frame)
-        verdicts = list(frame["compute"].values())
-        computed = verdicts[0] if len(verdicts) == 1 else torch.stack(verdicts).all()
-        if frame["sums"] is not None:
-            moment = moment._replace(signal=_tensors(frame["sums"]))
-        decider, reference = state.decider, state.reference
-        if not policy.static:
-            decider = policy.deciders[ALL].update(state.decider, moment, computed)
-        if self.policy.front:
-            residual = frame["residual"]
-            reference = torch.where(computed.to(residual.device), residual, state.reference)
-            reference = state.reference.copy_(reference) if self.donate else reference
-        at = (state.step.reshape(1),)
-        signal = ratio(moment.signal)
-        return out, State(
-            step=state.step + 1,
-            timesteps=state.timesteps,
-            plan=state.plan,
-            decider=decider,
-            reference=reference,
-            sites={**state.sites, **frame["updated"]},
-            computed=state.computed.index_put(at, computed.reshape(1)),
-            signal=state.signal.index_put(at, signal.reshape(1)),
-        )
 
     def frame(self, mode: str, layout: Layout, sites, reference, now, carried=None, early=None) -> Frame:
         """All that the sites need during one call."""
@@ -621,11 +527,6 @@ def _with_sites(state: State, updated: dict[str, Any]) -> State:
 
 def _zeros(spec: TensorSpec) -> Tensor:
     return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
-
-
-def _tensors(sums) -> Sums:
-    both = torch.stack(tuple(sums)).to(device="cpu", dtype=torch.float64)
-    return Sums(both[0], both[1])
 
 
 def _mark(state: State) -> State:

@@ -13,9 +13,10 @@ from dit import FLOWS, Reference, feed
 from torch import Tensor, nn
 
 import cachekit as ck
-from cachekit.discovery import discover
-from cachekit.layout import Found, lay_out
-from cachekit.shadow import block_paths
+from cachekit.running.shadow import block_paths
+from cachekit.structure.discovery import discover
+from cachekit.structure.layout import Found
+from cachekit.structure.placing import lay_out
 
 STEPS = 7
 MASK = (1, 0, 1, 0, 0, 1, 0)

@@ -17,7 +17,7 @@ from cachekit.deciders import Decider
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.methods._first_block import check_semantics
 from cachekit.policy import Policy
-from cachekit.record import KINDS
+from cachekit.structure.record import KINDS
 
 Range = tuple[float, float]
 

@@ -98,6 +98,11 @@ def address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written to; what inference mode has made does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     if not isinstance(func, OpOverload) or not func._schema.is_mutable:
         return []

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import StateError, StructureError
-from cachekit.layout import ALL
+from cachekit.structure.layout import ALL
 
 # How a frame is run.
 RECORD = "record"  # write the structure down

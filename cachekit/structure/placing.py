@@ -1,262 +1,19 @@
-"""Where a policy stands in a model: spans of its chains, and what runs through them."""
+"""From the record of a forward to the layout of a policy."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
-
-import torch
+from typing import Any
 
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.guidance import GUIDANCE
-from cachekit.parts import matches
-from cachekit.record import DENOISED, KINDS, Call, Const, Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
-from cachekit.structure import Chain, chains_of, lead, stream_maps
-
-ALL = "all"
-"""The group of every site, where one decision governs all."""
-
-PARTS = {"attention": KINDS[:3], "mlp": KINDS[3:], "attention+mlp": KINDS}
-"""What is left out inside the blocks, and the kinds of modules that this means."""
-
-Sites: TypeAlias = str | tuple[str, ...] | Mapping[str, tuple[str, ...]]
-"""A name of what is left out, patterns of names, or such patterns by kind."""
-
-
-class Link(NamedTuple):
-    """A tensor among a block's arguments that is a result of an earlier block of the span."""
-
-    key: Key
-    leaf: int  # of the argument, -1 where it is the tensor itself
-    member: int
-    out: int  # leaf of the result of that member
-
-
-class Place(NamedTuple):
-    """Where a tensor stands among the arguments of a span."""
-
-    member: int
-    key: Key
-    leaf: int  # -1 where the argument is the tensor itself
-
-
-class Stream(NamedTuple):
-    """A tensor that runs through a span and is read after it."""
-
-    leaf: int  # among the results of the last block
-    key: Key  # argument of the first block it continues
-    dtype: torch.dtype  # of the result
-    base: torch.dtype  # of the argument
-    written: bool  # whether the result is the argument itself, written to in place
-
-    @property
-    def residual(self) -> torch.dtype:
-        """Of result minus argument."""
-        return torch.promote_types(self.dtype, self.base)
-
-
-class Span(NamedTuple):
-    """Blocks that hand a stream on to one another, to be run, or left out, in one piece when the last is called.
-
-    It holds no shapes: another resolution is the same span.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    links: tuple[tuple[Link, ...], ...]  # for every block, what it takes from earlier ones
-    release: tuple[tuple[int, ...], ...]  # after every block, the earlier ones whose results nobody needs any more
-    passing: tuple[tuple[Key | Const | None, ...], ...]  # a block's result leaf -> its argument of the same stream
-    treespecs: tuple[Any, ...]  # of the blocks' results
-    streams: tuple[Stream, ...]
-    main: int  # which stream carries the denoised tokens
-    writes: tuple[Place, ...]  # tensors from outside that a block writes to
-    aliases: tuple[tuple[Place, ...], ...]  # tensors that share memory with another one, each with all its places
-    front: bool  # always run, as the probe
-
-    @property
-    def mutated(self) -> bool:
-        """Whether a block writes to what the span was given."""
-        return bool(self.writes)
-
-
-class Output(NamedTuple):
-    """What a module returns, as a site: on a reuse nothing of the module runs."""
-
-    name: str
-    treespec: Any
-    leaves: tuple[Const | None, ...]  # None where a tensor stands
-    dtypes: tuple[torch.dtype, ...]  # of the tensors
-    group: str = ALL  # whose decision it follows
-    aliases: tuple[tuple[Place, ...], ...] = ()  # of its arguments, as in a span
-    copied: bool = True  # whether what is remembered is a copy: others may write to what is returned
-
-
-class Layout(NamedTuple):
-    """Where a policy stands in a model."""
-
-    spans: tuple[Span, ...]  # with an output or parts, those but the first are not remembered
-    output: Output | None  # of the model
-    guided: Output | None  # of the model, where guidance is a site
-    parts: dict[str, tuple[Output, ...]]  # module inside a block -> what each of its calls returns
-    early: tuple[str, ...]  # modules whose results, computed with the probe, need not be computed again after it
-    written: str | None  # an argument or buffer of the model that its forward writes to
-    roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
-
-    @property
-    def sites(self) -> tuple[Span | Output, ...]:
-        """What can be left out, and is remembered."""
-        if self.output is not None:
-            return (self.output,)
-        if self.parts:
-            parts = tuple(itertools.chain.from_iterable(self.parts.values()))
-            return (*parts, self.guided) if self.guided is not None else parts
-        return tuple(span for span in self.spans if not span.front)
-
-    def renamed(self, suffix: str) -> Layout:
-        """The same under other names."""
-        spans = tuple(span._replace(name=span.name + suffix) for span in self.spans)
-        output, guided = (site and site._replace(name=site.name + suffix) for site in (self.output, self.guided))
-        parts = {
-            path: tuple(part._replace(name=part.name + suffix) for part in calls) for path, calls in self.parts.items()
-        }
-        return self._replace(spans=spans, output=output, guided=guided, parts=parts)
-
-
-class Found(NamedTuple):
-    """A layout, and what else discovery has to tell."""
-
-    layout: Layout
-    specs: tuple[tuple[TensorSpec, ...], ...]  # what every site remembers: residuals of its streams, or its tensors
-    reference: TensorSpec | None  # residual of the probe
-    kinds: dict[str, tuple[str, ...]]  # kind -> names of the parts that are sites
-    chains: tuple[str, ...]  # all of them, in the order they run
-    leader: str
-    reason: str  # why this chain leads
-    left: tuple[str, ...]  # chains that always run, with the reason
-    faked: bool
-
-
-def _links(call: Call, members: Sequence[Call]) -> tuple[Link, ...]:
-    """What a block takes from earlier blocks of its span."""
-    made = {
-        out.token: (m, i)
-        for m, member in enumerate(members)
-        for i, out in enumerate(member.outs)
-        if isinstance(out, Leaf) and out.token in made_by(member)
-    }
-    return tuple(Link(key, leaf, *made[arg.token]) for key, leaf, arg in leaves_of(call) if arg.token in made)
-
-
-def span_of(
-    record: Record, maps, positions: Sequence[int], *, front: bool, prefer: int | None = None
-) -> tuple[Span, tuple] | None:
-    """A run of calls as a span with its residuals, or None where no stream runs through it."""
-    members = [record.calls[k] for k in positions]
-    links = tuple(_links(call, members[:n]) for n, call in enumerate(members))
-    inside = set(positions)
-    outside = record.read | {
-        arg.token for k, call in enumerate(record.calls) if k not in inside for _, _, arg in leaves_of(call)
-    }
-    found = []
-    for i, out in enumerate(members[-1].outs):
-        if isinstance(out, Leaf) and out.token in outside:
-            key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
-            if key is None:
-                return None
-            base = members[0].args[key]
-            written = key in members[0].mutated and out.storage == base.storage
-            stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.spec.dtype, written=written)
-            found.append((stream, TensorSpec(out.spec.shape, stream.residual, out.spec.device)))
-    if not found:
-        return None
-    order = list(members[0].args)
-    found.sort(key=lambda pair: order.index(pair[0].key))
-    span = Span(
-        name=_span_name(members),
-        paths=tuple(call.path for call in members),
-        links=links,
-        release=_release(links),
-        passing=tuple(_passing(record.calls[k], maps[k]) for k in positions),
-        treespecs=tuple(call.treespec for call in members),
-        streams=tuple(stream for stream, _ in found),
-        main=_main([stream for stream, _ in found], members[0], prefer),
-        writes=tuple(
-            Place(n, key, -1)
-            for n, call in enumerate(members)
-            for key in call.mutated
-            if not any(link.key == key for link in links[n])
-        ),
-        aliases=_aliases(members, links),
-        front=front,
-    )
-    return span, tuple(residual for _, residual in found)
-
-
-def _passing(call: Call, streams: Mapping[int, Key]) -> tuple[Key | Const | None, ...]:
-    """What a block that was left out returns: its arguments; nobody looks at their values."""
-    passing: list[Key | Const | None] = []
-    for i, out in enumerate(call.outs):
-        if isinstance(out, Leaf):
-            passing.append(streams.get(i, _handed_through(call, i)))
-        else:
-            passing.append(out)
-    return tuple(passing)
-
-
-def _release(links: Sequence[Sequence[Link]]) -> tuple[tuple[int, ...], ...]:
-    last_use = {link.member: n for n, taken in enumerate(links) for link in taken}
-    return tuple(
-        tuple(member for member in range(n) if last_use.get(member, member + 1) == n) for n in range(len(links))
-    )
-
-
-def _aliases(members: Sequence[Call], links: Sequence[Sequence[Link]]) -> tuple[tuple[Place, ...], ...]:
-    places: dict[int, list[Place]] = {}
-    sharing: dict[int, set[int]] = {}
-    for n, call in enumerate(members):
-        taken = {(link.key, link.leaf) for link in links[n]}
-        for key, leaf, arg in leaves_of(call):
-            if (key, leaf) not in taken:
-                places.setdefault(arg.token, []).append(Place(n, key, leaf))
-                sharing.setdefault(arg.storage, set()).add(arg.token)
-    shared = set().union(*(tokens for tokens in sharing.values() if len(tokens) > 1))
-    return tuple(tuple(found) for token, found in places.items() if token in shared)
-
-
-def _span_name(members: Sequence[Call]) -> str:
-    first, last = members[0], members[-1]
-    name = first.path if len(members) == 1 else f"{first.path}..{last.path}"
-    return name if not first.nth else f"{name}#{first.nth}"
-
-
-def _origin(member: int, leaf: int, members, maps, links) -> Key | None:
-    """Follow a result back through the span to the argument of the first block it continues."""
-    while True:
-        key = maps[member].get(leaf, _handed_through(members[member], leaf))
-        if key is None or member == 0:
-            return key
-        source = next((link for link in links[member] if link.key == key and link.leaf < 0), None)
-        if source is None:
-            return None
-        member, leaf = source.member, source.out
-
-
-def _handed_through(call: Call, leaf: int) -> Key | None:
-    token = call.outs[leaf].token
-    return next((key for key, arg in call.args.items() if isinstance(arg, Leaf) and arg.token == token), None)
-
-
-def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
-    """The stream of the denoised tokens: as stated, or the first argument that was computed from them."""
-    for i, stream in enumerate(streams):
-        if stream.leaf == prefer:
-            return i
-    for i, stream in enumerate(streams):
-        if DENOISED in head.args[stream.key].labels:
-            return i
-    return 0
+from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
+from cachekit.structure.layout import ALL, Found, Layout, Output, Span, Stream
+from cachekit.structure.parts import PARTS, Sites, matches
+from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
+from cachekit.structure.spans import aliases_of, name_of, span_of
 
 
 def lay_out(
@@ -330,7 +87,7 @@ def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str
         name = call.path if not call.nth else f"{call.path}#{call.nth}"
         group = part.kind if groups else ALL
         output = _output(call.outs, call.treespec, name)._replace(
-            group=group, aliases=_aliases([call], [()]), copied=part.written
+            group=group, aliases=aliases_of([call], [()]), copied=part.written
         )
         parts[call.path] = (*parts.get(call.path, ()), output)
         specs[name] = _specs(call.outs)
@@ -408,7 +165,7 @@ def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembe
         leader, reason = lead(record, maps, chains)
     spans: list[tuple[Span, tuple, Sequence[int]]] = []
     left = []
-    names = [_span_name([record.calls[k] for k in chain]) for chain in chains]
+    names = [name_of([record.calls[k] for k in chain]) for chain in chains]
     for i, chain in enumerate(chains):
         if i < leader:
             left.append(f"{names[i]}: runs before the leading chain")

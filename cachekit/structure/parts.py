@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachekit.record import Key
+from cachekit.structure.record import KINDS, Key
 
 # The operands of a product of matrices, by operator: their places among its arguments.
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
@@ -20,6 +20,13 @@ FUSED = re.compile(r"scaled_dot_product|multi_head_attention|flex_attention|flas
 TEMPORAL = re.compile(r"(^|[._])(temporal|temp|time|motion)")
 
 Origin = tuple[int, Key]
+
+
+PARTS = {"attention": KINDS[:3], "mlp": KINDS[3:], "attention+mlp": KINDS}
+"""What is left out inside the blocks, and the kinds of modules that this means."""
+
+Sites: TypeAlias = str | tuple[str, ...] | Mapping[str, tuple[str, ...]]
+"""A name of what is left out, patterns of names, or such patterns by kind."""
 
 
 class Activity:
@@ -94,7 +101,7 @@ class Watch:
 
 
 def kind_of(activity: Activity, path: str, given: Mapping[Key, Any], out: Any, frames: Sequence[int]) -> str:
-    """The kind of a module, "" where it is none of `cachekit.record.KINDS`.
+    """The kind of a module, "" where it is none of `cachekit.structure.record.KINDS`.
 
     Args:
         activity: what happened in it.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from cachekit.layout import Place
-from cachekit.record import Key
+from cachekit.structure.layout import Place
+from cachekit.structure.record import Key
 
 
 def argument(key: Key, args: tuple, kwargs: Mapping[str, Any]) -> Any:

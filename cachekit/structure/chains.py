@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
-from cachekit.record import DENOISED, Call, Key, Leaf, Record, leaves_of, list_name, lists_of, made_by
+from cachekit.structure.record import DENOISED, Call, Key, Leaf, Record, leaves_of, list_name, lists_of, made_by
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cachekit.arguments import assemble
-from cachekit.branches import apart, either, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import ACTION, GRAPH, PROBE, REPLAY, Frame, check_like, computes, example, remember, updated
-from cachekit.layout import Output
+from cachekit.running.arguments import assemble
+from cachekit.running.branches import apart, either, unaliased
+from cachekit.running.frames import (
+    ACTION,
+    GRAPH,
+    PROBE,
+    REPLAY,
+    Frame,
+    check_like,
+    computes,
+    example,
+    remember,
+    updated,
+)
+from cachekit.structure.layout import Output
 
 
 def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cachekit.arguments import argument, assemble, has, put, result
-from cachekit.branches import either, own, unaliased
 from cachekit.errors import StructureError
-from cachekit.frames import (
+from cachekit.running.arguments import argument, assemble, has, put, result
+from cachekit.running.branches import either, own, unaliased
+from cachekit.running.frames import (
     ACTION,
     GRAPH,
     PROBE,
@@ -25,8 +25,8 @@ from cachekit.frames import (
     remember,
     updated,
 )
-from cachekit.layout import ALL, Span, Stream
-from cachekit.record import Const, Key
+from cachekit.structure.layout import ALL, Span, Stream
+from cachekit.structure.record import Const, Key
 
 
 def at_block(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:

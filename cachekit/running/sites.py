@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cachekit.frames import ACTION, EAGER, PROBE, RECORD, Frame, call_frames
-from cachekit.outputs import at_part, guided, whole
-from cachekit.spans import at_block
+from cachekit.running.frames import ACTION, EAGER, PROBE, RECORD, Frame, call_frames
+from cachekit.running.outputs import at_part, guided, whole
+from cachekit.running.spans import at_block
 
 
 def run_framed(frame: Frame, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:

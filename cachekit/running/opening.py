@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cachekit.discovery import discover
 from cachekit.errors import ArgumentError, StructureError
-from cachekit.layout import Found, Layout, Sites, lay_out
-from cachekit.parts import part_paths
-from cachekit.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
-from cachekit.sites import PartSite
-from cachekit.structure import Chain
+from cachekit.running.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
+from cachekit.running.sites import PartSite
+from cachekit.structure.chains import Chain
+from cachekit.structure.discovery import discover
+from cachekit.structure.layout import Found, Layout
+from cachekit.structure.parts import Sites, part_paths
+from cachekit.structure.placing import lay_out
 
 
 class Opened:

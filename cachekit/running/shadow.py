@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from cachekit.sites import BlockSite, EarlySite, PartSite, Site
+from cachekit.running.sites import BlockSite, EarlySite, PartSite, Site
 
 HOOKS = (
     "_forward_hooks",

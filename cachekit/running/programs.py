@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cachekit.deciders import Moment, Sums
+from cachekit.deciders import Moment
 from cachekit.errors import CacheError, StructureError
-from cachekit.frames import ACTION, PROBE, check_reached
-from cachekit.layout import ALL
-from cachekit.outputs import unconditional
-from cachekit.sites import run_framed
+from cachekit.running import eager
+from cachekit.running.frames import ACTION, PROBE, check_reached
+from cachekit.running.outputs import unconditional
+from cachekit.running.sites import run_framed
+from cachekit.signals import numbers
 from cachekit.state import State
+from cachekit.structure.layout import ALL
 
 if TYPE_CHECKING:
     from cachekit.transform import CachedStep
@@ -66,7 +68,7 @@ class Programs:
         except Exception as error:
             # A compiler wraps what goes wrong while it traces. Without one the step says it in its own words.
             try:
-                step.run_eagerly(step.layout(names), state, seen, args, kwargs)
+                eager.run(step, step.layout(names), state, seen, args, kwargs)
             except CacheError as named:
                 raise named from error
             raise
@@ -107,11 +109,6 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own: compiled code is kept, and its recompiles counted, by code."""
     code = function.__code__.replace(co_name=function.__code__.co_name)  # type: ignore[attr-defined]
     return types.FunctionType(code, function.__globals__, function.__name__)  # type: ignore[attr-defined]
-
-
-def numbers(sums: torch.Tensor) -> Sums:
-    """The one host read of a step: both sums, [2], as Python numbers."""
-    return Sums(*sums.tolist())
 
 
 # Of the standard library, torch, and what this package itself keeps and never changes.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cachekit.arguments import at_place, put
-from cachekit.layout import Place, Span
+from cachekit.running.arguments import at_place, put
+from cachekit.structure.layout import Place, Span
 
 
 def either(decided: Tensor, compute: Callable[[], Any], reuse: Callable[[], Any]) -> Any:

@@ -1,0 +1,1 @@
+"""What a model looks like: its chains and sites, found in one forward on fake tensors."""
