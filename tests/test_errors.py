@@ -207,8 +207,10 @@ def test_values_of_a_policy(factory, arguments, parts):
         (1.5, ck.ArgumentTypeError, "float"),
         (True, ck.ArgumentTypeError, "bool"),
         (None, ck.ArgumentTypeError, "NoneType"),
-        ("999", ck.ArgumentTypeError, "'999'"),
-        (["a"], ck.ArgumentTypeError, "['a']"),
+        ("999", ck.ArgumentTypeError, "str"),
+        (["a"], ck.ArgumentTypeError, "only their number"),
+        (b"999", ck.ArgumentTypeError, "bytes"),
+        (torch.zeros(2, dtype=torch.complex64), ck.ArgumentTypeError, "complex"),
     ],
 )
 def test_what_is_no_trajectory(timesteps, kind, value):
@@ -217,6 +219,13 @@ def test_what_is_no_trajectory(timesteps, kind, value):
         for use in (step.plan, lambda timesteps, step=step: step.init(timesteps, *feed(0))):
             with refused(kind, "`timesteps` must", value):
                 use(timesteps)
+
+
+@pytest.mark.parametrize("device", ["nowhere", 3.5, "cuda:77"])
+def test_what_is_no_device_here(device):
+    step = ck.cache(dit.dit(), MASK)
+    with refused(ck.ArgumentError, "`device`", str(device), "Leave it out"):
+        step.init(4, *feed(0), device=device)
 
 
 @WAYS

@@ -240,7 +240,15 @@ def test_what_does_not_fit():
     for policy, words in (
         (
             ck.taylorseer(sites=("nothing.*",)),
-            r"sites=\('nothing\.\*',\) matches no module .* spatial: blocks\.\*\.attn;",
+            r"The pattern 'nothing\.\*' of `sites` matches no module .* spatial: blocks\.\*\.attn;",
+        ),
+        (
+            ck.taylorseer(sites=(r"blocks\..*\.attn", "typo")),
+            r"The pattern 'typo' of `sites` matches no module .* spatial: blocks\.\*\.attn;",
+        ),
+        (
+            ck.pyramid_attention_broadcast(2, None, 3, patterns={"spatial": r".*\.attn", "cross": "typo"}),
+            r"The pattern 'typo' of `sites` matches no module .* cross: blocks",
         ),
         (ck.pyramid_attention_broadcast(None, temporal=2), r"of kind temporal matches no module .* cross: blocks"),
     ):

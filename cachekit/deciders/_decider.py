@@ -72,7 +72,7 @@ class Decider(NamedTuple):
 
 def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
     """A 1-D float64 CPU tensor of T timesteps from what users give; NaN where only their count is known."""
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, Sequence, Tensor)):
+    if isinstance(timesteps, (bool, str, bytes)) or not isinstance(timesteps, (int, Sequence, Tensor)):
         raise ArgumentTypeError(
             f"`timesteps` must be an int, a sequence of numbers or a 1-D tensor, got {type(timesteps).__name__}. "
             "Pass the scheduler's timesteps, or only their number."
@@ -84,7 +84,10 @@ def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
     try:
         values = doubles(timesteps)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"`timesteps` must hold numbers, got {timesteps!r}: {error}.") from error
+        raise ArgumentTypeError(
+            f"`timesteps` must hold numbers, got {timesteps!r}: {error}. Pass the scheduler's timesteps, or only their "
+            "number."
+        ) from error
     if values.ndim != 1 or values.numel() == 0:
         raise ArgumentError(
             f"`timesteps` must be 1-D with at least one step, got shape {tuple(values.shape)}. "
@@ -114,6 +117,8 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
 
 def doubles(values: Sequence[float] | Tensor) -> Tensor:
     """Numbers as a float64 CPU tensor of its own; Python floats do not pass through float32 on the way."""
+    if isinstance(values, Tensor) and values.is_complex():
+        raise TypeError("complex numbers have no order")
     dtype = None if isinstance(values, Tensor) else torch.float64
     return torch.as_tensor(values, dtype=dtype).detach().to(device="cpu", dtype=torch.float64, copy=True)
 

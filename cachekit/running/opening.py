@@ -99,7 +99,7 @@ class Opened:
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         """What the forward looks like on these arguments: recorded once for each signature."""
-        device = torch.device(device) if device is not None else _device(self.original, args, kwargs)
+        device = _usable(device) if device is not None else _device(self.original, args, kwargs)
         signature = _signature(self.original, args, kwargs, device)
         with self._lock:
             if self._fingerprint.changed() is not None:
@@ -195,6 +195,17 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     )
     return tuple(parts), str(treespec), str(device), cast
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # unknown, or not on this machine
+        reason = str(error).partition("\n")[0]
+        raise ArgumentError(
+            f"`device` {device!r} cannot be used here: {reason}. Leave it out for the device of the model."
+        ) from error
 
 
 def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.device:

@@ -11,7 +11,7 @@ from cachekit.errors import ArgumentError, StructureError
 from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
 from cachekit.structure.layout import ALL, Found, Layout, Output, Span, Stream
-from cachekit.structure.parts import PARTS, Sites, matches
+from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
 from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure.spans import aliases_of, name_of, span_of
 
@@ -66,6 +66,9 @@ def lay_out(
 
 def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str]) -> Found:
     """With sites at the modules inside the blocks."""
+    for pattern in () if isinstance(sites, str) else patterns_of(sites):
+        if not any(matches(part.call.path, (pattern,)) for part in record.parts):
+            raise StructureError(_no_part(record, f"The pattern {pattern!r} of `sites`", ()))
     wanted = [part for part in _named(record.parts, sites) if not groups or part.kind in groups]
     front = [path for span in found.layout.spans if span.front for path in span.paths]
     skippable = set(found.layout.roles) - set(front)
@@ -94,7 +97,8 @@ def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str
         kind = part.kind or "by name"
         kinds[kind] = (*kinds.get(kind, ()), name)
     if not parts:
-        raise StructureError(_no_part(record, sites, groups, left))
+        what = f"sites={sites!r}" + (f" of kind {', '.join(groups)}" if groups else "")
+        raise StructureError(_no_part(record, what, left))
     layout = found.layout._replace(parts=parts)
     ordered = tuple(specs[site.name] for site in layout.sites)
     return found._replace(layout=layout, specs=ordered, kinds=kinds, left=tuple(left))
@@ -126,13 +130,12 @@ def _unfit(part: Part) -> str | None:
     return None
 
 
-def _no_part(record: Record, sites: Sites, groups: Sequence[str], left: Sequence[str]) -> str:
+def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
     candidates: dict[str, list[str]] = {}
     for part in record.parts:
         if part.kind:
             candidates.setdefault(part.kind, []).append(re.sub(r"\b\d+\b", "*", part.call.path))
     shown = "; ".join(f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in candidates.items())
-    what = f"sites={sites!r}" + (f" of kind {', '.join(groups)}" if groups else "")
     skipped = f" Left to run: {'; '.join(left)}." if left else ""
     return (
         f"{what} matches no module of the model that can be left out.{skipped} Found inside its blocks: "
