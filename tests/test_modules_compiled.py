@@ -82,20 +82,33 @@ def test_inductor_equals_eager(name, method):
         assert_same(run(compiled, compiled.init, specimen, 12), run(step, step.init, specimen, 12))
 
 
-WAYS_OF_ONE_GRAPH = {
-    "hold": lambda: ck.pyramid_attention_broadcast(3, spatial_range=(-1, 1001)),
+ONE_GRAPH = {
+    "hold": lambda: ck.pyramid_attention_broadcast(3, cross=2, spatial_range=(-1, 1001)),
     "taylor": lambda: ck.taylorseer(4, warmup=2, order=1),
     "two_point": lambda: ck.faster_cache(3, cfg=None, attention_range=(-1, 900)),
     "output": lambda: ck.taylorseer(3, warmup=2, basis="newton", sites="output"),
+    "chain": lambda: ck.step_mask([1, 0, 0] * 4),
 }
 
 
-@pytest.mark.parametrize("policy", WAYS_OF_ONE_GRAPH)
-def test_one_graph_of_inductor_equals_eager(policy):
-    """What is returned and what is remembered are two tensors, also to a compiler that drops copies."""
-    specimen = zoo.specimen("Flux")
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *(("Flux", policy) for policy in ONE_GRAPH),
+        ("SD3", "hold"),
+        ("Wan", "taylor"),
+        ("Wan", "chain"),
+        ("Wan", "guided"),
+    ],
+)
+def test_one_graph_of_inductor_equals_eager(name, policy):
+    """What is returned and what is remembered are two tensors, and a branch gets what it was compiled for."""
+    if policy == "guided":
+        specimen, made = setup(name, "faster_cache")
+    else:
+        specimen, made = zoo.specimen(name), ONE_GRAPH[policy]()
     with torch.no_grad():
-        step = ck.cache(specimen.model, WAYS_OF_ONE_GRAPH[policy]())
+        step = ck.cache(specimen.model, made)
         call = torch.compile(step, fullgraph=True)
         compiled, eager = run(call, step.init, specimen, 12), run(step, step.init, specimen, 12)
         assert_same(compiled, eager)

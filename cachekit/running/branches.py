@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,16 +34,39 @@ def apart(value: Tensor) -> Tensor:
     return (value * 1).to(value.dtype)
 
 
-def unaliased(
-    aliases: Sequence[Sequence[Place]], calls: list[tuple[tuple, dict[str, Any]]]
+def entering(
+    calls: Sequence[tuple[tuple, Mapping[str, Any]]], aliases: Sequence[Sequence[Place]] = ()
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """The arguments without shared memory, which a branch of `torch.cond` refuses."""
-    free = [(list(args), dict(kwargs)) for args, kwargs in calls]
+    """The arguments of calls as a branch of `torch.cond` takes them.
+
+    It refuses shared memory, so what shares it is copied.
+    """
+    entered: list[tuple[Tensor, Tensor]] = []
+
+    def enter(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        known = [inside for given, inside in entered if given is value]  # two views of one tensor would share memory
+        if not known:
+            entered.append((value, steady(value)))
+        return known[0] if known else entered[-1][1]
+
+    free = [pytree.tree_map(enter, (list(args), dict(kwargs))) for args, kwargs in calls]
     for places in aliases:
-        fresh = at_place(places[0], calls).clone()
+        fresh = at_place(places[0], calls).clone(memory_format=torch.contiguous_format)
         for place in places:
             put(free[place.member], place.key, place.leaf, fresh)
     return free
+
+
+def steady(value: Tensor) -> Tensor:
+    """The same values, with strides that a compiler keeps.
+
+    Inductor (2.11 to 2.13) lays out what a graph computes as it likes, and compiles a branch for the strides that the
+    traced tensor had. Of what is read through `as_strided` it keeps them.
+    """
+    value = value.contiguous()
+    return value.as_strided(value.shape, value.stride())
 
 
 def own(span: Span, calls: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from cachekit.errors import StructureError
 from cachekit.running.arguments import assemble
-from cachekit.running.branches import apart, either, unaliased
+from cachekit.running.branches import apart, either, entering, steady
 from cachekit.running.frames import (
     ACTION,
     GRAPH,
@@ -57,7 +57,7 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     without, prompted = guidance.halves(args, kwargs)
     if frame["mode"] == GRAPH:
         # Branches of one graph have equal shapes: the conditional half always runs by itself.
-        cond = _only(model(*prompted[0], **prompted[1]))
+        cond = steady(_only(model(*prompted[0], **prompted[1])))
 
         def compute():
             uncond = _only(frame["original"](*without[0], **without[1]))
@@ -118,8 +118,8 @@ def at_part(frame: Frame, path: str, module, args: tuple, kwargs: Mapping[str, A
     frame["passed"][path] = nth + 1
     if nth >= len(calls):
         raise StructureError(f"{path} is called more often than at init. Make a new state with step.init.")
-    if frame["mode"] == GRAPH and calls[nth].aliases:
-        ((args, kwargs),) = unaliased(calls[nth].aliases, [(args, dict(kwargs))])
+    if frame["mode"] == GRAPH:
+        ((args, kwargs),) = entering([(args, kwargs)], calls[nth].aliases)
     return at_output(frame, calls[nth], lambda: module(*args, **kwargs))
 
 

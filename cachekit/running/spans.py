@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from cachekit.errors import StructureError
 from cachekit.running.arguments import argument, assemble, has, put, result
-from cachekit.running.branches import either, own, unaliased
+from cachekit.running.branches import either, entering, own
 from cachekit.running.frames import (
     ACTION,
     GRAPH,
@@ -171,8 +171,9 @@ def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any,
         return [base.to(stream.dtype) for stream, base in zip(span.streams, bases, strict=True)]
 
     if frame["mode"] == GRAPH:
-        calls = unaliased(span.aliases, calls)
-        values = either(frame["compute"][ALL], lambda: _values(span, _run(frame, span, own(span, calls))), passed)
+        given = entering(calls, span.aliases)
+        bases = _bases(span, given)
+        values = either(frame["compute"][ALL], lambda: _values(span, _run(frame, span, own(span, given))), passed)
         return None, _written(span, calls, values)
     if computes(frame):
         output = _run(frame, span, calls)
@@ -226,9 +227,8 @@ def _add(sums: Any, more: Any) -> Any:
 
 def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
     """Both ways inside one graph."""
-    if span.aliases or span.mutated:
-        calls = unaliased(span.aliases, calls)
-        bases = _bases(span, calls)
+    calls = entering(calls, span.aliases)
+    bases = _bases(span, calls)
     for stream, base, state in zip(span.streams, bases, states, strict=True):
         _check_base(span, stream, base, state)  # before the branches: not every compiler hands on what they raise
 
