@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from cachekit.guidance import GUIDANCE
 from cachekit.state import State, human_bytes, state_bytes
 from cachekit.structure.layout import ALL, Found, Layout
 
@@ -29,7 +30,9 @@ def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None)
         rows.append(f"plan: none, decided step by step ({step.policy.deciders[ALL].name})")
     else:
         rows.append(f"plan: {plan}")
-        rows.append(f"programs of step.compile(): {plan.actions + (step.policy.front > 0)}")
+        guidance = step.policy.guidance
+        calls = len(set(plan.kinds[GUIDANCE])) if guidance is not None and guidance.separate else 0
+        rows.append(f"programs of step.compile(): {plan.actions + (step.policy.front > 0) + calls}")
     return "\n".join(rows)
 
 

@@ -46,7 +46,19 @@ class GuidanceState(NamedTuple):
     cond: Tensor  # [...] of the conditional call of this step, where the other one is a call of its own; else [0]
 
 
-torch.serialization.add_safe_globals([GuidanceState])
+class Answered(NamedTuple):
+    """What has become of the unconditional calls, where they are calls of their own: 0-d int64 on the host."""
+
+    last: Tensor  # step of the last one, -1 before
+    full: Tensor  # step of the last one that the model has answered, -1 before
+
+
+torch.serialization.add_safe_globals([GuidanceState, Answered])
+
+
+def unanswered() -> Answered:
+    """Before the first call."""
+    return Answered(torch.full((), -1), torch.full((), -1))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,21 +13,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
-from cachekit.deciders._decider import ratio, take, trajectory
+from cachekit.deciders._decider import ratio, trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.explain import explanation
 from cachekit.forecasters import Clock
-from cachekit.guidance import GUIDANCE, GuidanceState
+from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
 from cachekit.plan import Plan
 from cachekit.policy import Policy
 from cachekit.running import eager, graph
-from cachekit.running.frames import EAGER, GRAPH, Frame
+from cachekit.running.frames import Frame
 from cachekit.running.opening import Opened
-from cachekit.running.outputs import unconditional
 from cachekit.running.programs import Programs
 from cachekit.state import State, fresh_log
 from cachekit.structure.chains import Chain
-from cachekit.structure.layout import ALL, Found, Layout
+from cachekit.structure.layout import ALL, Found, Layout, Output
 from cachekit.structure.record import TensorSpec
 
 
@@ -194,7 +193,7 @@ class CachedStep(nn.Module):
         """
         times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
-        plan, decider = self._fresh(times)
+        plan, decider = self._fresh(times, found.layout)
         sites = {
             site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
             for site, specs in zip(found.layout.sites, found.specs, strict=True)
@@ -226,7 +225,7 @@ class CachedStep(nn.Module):
         """
         layout = self.check_state(state)
         times = trajectory(state.timesteps if timesteps is None else timesteps)
-        plan, decider = self._fresh(times)
+        plan, decider = self._fresh(times, layout)
         computed, signal = fresh_log(len(times))
         sites = pytree.tree_map(torch.zeros_like, state.sites)
         guided = layout.guided
@@ -246,11 +245,18 @@ class CachedStep(nn.Module):
         self._begun[fresh.timesteps] = self.opened.epoch
         return _mark(fresh)
 
-    def _fresh(self, times: Tensor) -> tuple[Any, Any]:
-        if self.policy.static:
-            plans = {group: torch.tensor(plan_of(decider, times)) for group, decider in self.policy.deciders.items()}
-            return (plans if self.policy.grouped else plans[ALL]), ()
-        return (), self.policy.deciders[ALL].init(times)
+    def _fresh(self, times: Tensor, layout: Layout) -> tuple[Any, Any]:
+        policy = self.policy
+        if not policy.static:
+            return (), policy.deciders[ALL].init(times)
+        decider = unanswered() if policy.guidance is not None and policy.guidance.separate else ()
+        plans = {group: torch.tensor(plan_of(policy.deciders[group], times)) for group in self._groups([layout])}
+        return (plans if policy.grouped else plans[ALL]), decider
+
+    def _groups(self, layouts: Iterable[Layout]) -> list[str]:
+        """Whose decisions matter: of a kind that no module of the model is of nobody asks."""
+        found = {site.group for layout in layouts for site in layout.sites if isinstance(site, Output)}
+        return [group for group in self.policy.deciders if group in found or not self.policy.grouped]
 
     def _guide(self, cond: Tensor, times: Tensor, plan: Any) -> tuple[Any]:
         guidance = self.policy.guidance
@@ -258,11 +264,15 @@ class CachedStep(nn.Module):
         return (guidance.init(cond, times.tolist(), plan[GUIDANCE].tolist()),)
 
     def plan(self, timesteps: int | Sequence[float] | Tensor) -> Plan | None:
-        """The actions of a trajectory where they are known beforehand, None where they depend on the data."""
+        """The actions of a trajectory where they are known beforehand, None where they depend on the data.
+
+        Once there has been an `init`, of those kinds of modules alone that the model has.
+        """
         if not self.policy.static:
             trajectory(timesteps)
             return None
-        plans = {group: plan_of(decider, timesteps) for group, decider in self.policy.deciders.items()}
+        groups = self._groups(self.opened.layouts.values()) if self.opened.layouts else [*self.policy.deciders]
+        plans = {group: plan_of(self.policy.deciders[group], timesteps) for group in groups}
         return Plan(tuple(map(all, zip(*plans.values(), strict=True))), plans if self.policy.grouped else {})
 
     def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> str:
@@ -321,24 +331,24 @@ class CachedStep(nn.Module):
                 f"{self.policy.name} has none. Call step(state, ...)."
             )
         if torch.compiler.is_compiling():
-            frame = self.frame(
-                GRAPH, self.layout(tuple(state.sites)), state.sites, (), self.clock(state, state.step - 1)
-            )
-            frame["compute"] = {GUIDANCE: take(state.plan[GUIDANCE], state.step - 1)}
-            out = unconditional(frame, self.opened.original, args, kwargs)
-            return out, _with_sites(state, frame["updated"])
+            out, answered, updated = graph.uncond(self, state, args, kwargs)
+            return out, _answered(state, answered, updated)
         layout, index = self._trajectory(state).layout, int(state.step) - 1
-        if index < 0:
-            raise StateError("`state` has done no step. Call step(state, ...) with the conditional arguments first.")
-        now = self.clock(state, state.step - 1)
-        full = {GUIDANCE: bool(state.plan[GUIDANCE][index])}
-        if self._programs is not None:
-            out, updated = self._programs.uncond(self, state, full, now, args, kwargs)
-        else:
-            frame = self.frame(EAGER, layout, state.sites, (), now)
-            frame["compute"] = full
-            out, updated = unconditional(frame, self.opened.original, args, kwargs), frame["updated"]
-        return out, _with_sites(state, updated)
+        self.opened.follow()
+        last, full = (int(step) for step in state.decider)
+        if index <= last:
+            raise StateError(
+                "`state` has done no step since its last unconditional call. Call step(state, ...) with the "
+                "conditional arguments first, and give uncond the state that it returns."
+            )
+        plan = state.plan[GUIDANCE].tolist()
+        # Where the call of the last full step was left out there is nothing to answer from.
+        computed = full < max(step for step in range(index + 1) if plan[step])
+        now, run = self.clock(state, state.step - 1), eager.uncond if self._programs is None else self._programs.uncond
+        out, updated = run(self, layout, state, {GUIDANCE: plan[index] or computed}, now, args, kwargs)
+        done = state.step - 1
+        answered = Answered(done, done.clone() if plan[index] or computed else state.decider.full)
+        return out, _answered(state, answered, updated)
 
     def planned(self, state: State, index: int) -> dict[str, bool]:
         """What a static policy does at a step: group of sites -> whether it computes."""
@@ -520,9 +530,9 @@ def _form(tree: Any) -> Any:
     return (type(tree), *map(_form, tree)) if isinstance(tree, tuple) else None
 
 
-def _with_sites(state: State, updated: dict[str, Any]) -> State:
-    kept = {name: getattr(state, name) for name in State._fields if name != "sites"}
-    return State(sites={**state.sites, **updated}, **kept)
+def _answered(state: State, answered: Answered, updated: dict[str, Any]) -> State:
+    kept = {name: getattr(state, name) for name in State._fields if name not in ("decider", "sites")}
+    return State(decider=answered, sites={**state.sites, **updated}, **kept)
 
 
 def _zeros(spec: TensorSpec) -> Tensor:

@@ -233,8 +233,83 @@ def test_what_does_not_fit():
     with pytest.raises(ck.ArgumentError, match=r'`uncond` is for policies .* cfg="separate"'):
         step.uncond(step.init(TIMES, x, t, text), x, t, text)
     apart = ck.cache(model, policy())
-    with pytest.raises(ck.StateError, match=r"`state` has done no step\. Call step\(state, \.\.\.\) with the cond"):
+    with pytest.raises(ck.StateError, match=r"`state` has done no step since .* Call step\(state, \.\.\.\) with the"):
         apart.uncond(apart.init(TIMES, x, t, text), x, t, text)
     _, state = apart(apart.init(TIMES, x, t, text), x, t, text)
     with pytest.raises(ck.StateError, match=r"At guidance the state holds \[2, 6, 4\].* the call brings \[1, 6, 4\]"):
         apart.uncond(state, x[:1], t[:1], text[:1])
+
+
+@pytest.mark.parametrize("way", ["eager", "programs", "one graph"])
+def test_an_unconditional_call_with_nothing_to_answer_from_computes(way):
+    """Guidance that begins late, or was left out on a full step, is no delta of zero."""
+    model = byhand.net()
+    step = ck.cache(model, ck.faster_cache(uncond=4, cfg="separate", layout=LAYOUT, uncond_range=(-1, 2000)))
+    if way == "programs":
+        step = step.compile(backend="aot_eager")
+
+    def uncond(state, *without):
+        return step.uncond(state, *without)
+
+    if way == "one graph":
+        uncond = torch.compile(uncond, fullgraph=True, backend="aot_eager")
+    state = step.init(TIMES, *feed(0, True))
+    for index in range(7):  # full at 0 and 4
+        cond, state = step(state, *feed(index, True))
+        if index in (0, 1, 4):
+            continue
+        out, state = uncond(state, *feed(index, False))
+        right = model(*feed(index, False))
+        computed = torch.allclose(out, right, atol=1e-5, rtol=1e-4)
+        assert computed == (index in (2, 5)), "the first call after a full one that was left out"
+        assert not torch.equal(out, cond)
+
+
+def test_an_answered_state_is_refused():
+    step = ck.cache(byhand.net(), policy())
+    _, first = step(step.init(TIMES, *feed(0, True)), *feed(0, True))
+    out, state = step.uncond(first, *feed(0, False))
+    assert torch.equal(step.uncond(first, *feed(0, False))[0], out), "the same state again is the same answer"
+    with pytest.raises(ck.StateError, match=r"`state` has done no step since its last unconditional call"):
+        step.uncond(state, *feed(1, False))
+
+
+def test_the_unconditional_program_follows_the_model():
+    model = byhand.net()
+    model.scale = torch.nn.Parameter(torch.tensor(1.0)) if hasattr(model, "scale") else 1.0
+    forward = type(model).forward
+
+    class Scaled(type(model)):
+        def forward(self, *args):
+            """The output, scaled by an attribute."""
+            return forward(self, *args) * self.scale
+
+    model.__class__ = Scaled
+    step = ck.cache(model, policy()).compile(backend="aot_eager")
+    for scale in (1.0, 3.0):
+        model.scale = scale
+        state = step.init(TIMES, *feed(0, True))
+        _, state = step(state, *feed(0, True))
+        out, _ = step.uncond(state, *feed(0, False))
+        torch.testing.assert_close(out, model(*feed(0, False)), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ck.StateError, match=r"At guidance the state holds .* the call brings"):
+        step.uncond(state, *(each[:1] for each in feed(0, False)))
+
+
+def test_explain_counts_the_programs_of_both_calls():
+    step = ck.cache(byhand.net(), policy())
+    text = step.explain(TIMES, *feed(0, True))
+    counters.clear()
+    separate(step.compile(backend="aot_eager"))
+    assert f"programs of step.compile(): {counters['stats']['unique_graphs']}" in text
+
+
+def test_half_a_batch_holds_no_more_than_half():
+    step = ck.cache(byhand.net(), ck.faster_cache(layout=LAYOUT, uncond=3))
+    x, t, text = feed(0, True)
+    both = [torch.cat(pair) for pair in ((x, x), (t, t), (0.1 * text, text))]
+    state = step.init(TIMES, *both)
+    for index in range(4):
+        _, state = step(state, *both)
+        for leaf in torch.utils._pytree.tree_leaves(state.sites):
+            assert leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size(), index

@@ -260,3 +260,66 @@ def test_what_does_not_fit():
     x, t, text = feed(0)
     with pytest.raises(ck.StateError, match=r"At blocks\.0\.attn the state holds \[2, 6, 16\].* make a new state"):
         step(step.init(STEPS, x, t, text), x[:1], t[:1], text[:1])
+
+
+@pytest.mark.parametrize("way", ["eager", "programs"])
+@pytest.mark.parametrize("sites", ["attention", "attention+mlp", "output"])
+def test_another_shape_is_refused_where_nothing_is_computed(sites, way):
+    step = ck.cache(byhand.net(), ck.taylorseer(3, warmup=1, sites=sites))
+    if way == "programs":
+        step = step.compile(backend="eager")
+    x, t, text = feed(0)
+    _, state = step(step.init(STEPS, x, t, text), x, t, text)
+    _, after = step(state, x, t, text)
+    assert ck.summary(after).computed == (True, False)
+    for changed in ((x[:1], t[:1], text[:1]), (x[:, :1], t, text)):
+        with pytest.raises(ck.StateError, match=r"the state holds .* the call brings .* make a new state"):
+            step(state, *changed)
+
+
+def test_kinds_that_the_model_has_not_cost_nothing():
+    model = byhand.net()
+    policy = ck.pyramid_attention_broadcast(2, temporal=3, spatial_range=(0, 2000), temporal_range=(0, 2000))
+    step = ck.cache(model, policy)
+    _, state = run(step, TIMES)
+    assert ck.summary(state).computed == tuple(index % 2 == 0 for index in range(STEPS))
+    assert step.plan(TIMES).kinds.keys() == {"spatial"}
+    text = step.explain(TIMES, *feed(0))
+    assert "temporal" not in text.partition("plan:")[2]
+    assert "programs of step.compile(): 2" in text
+
+
+def test_what_the_model_returns_is_no_part_of_the_state():
+    step = ck.cache(byhand.net(), ck.Policy("head", ck.deciders.interval(3), ck.forecasters.hold(), sites=("head",)))
+    first, state = step(step.init(STEPS, *feed(0)), *feed(0))
+    wanted = first.clone()
+    first.mul_(7)
+    again, _ = step(state, *feed(1))
+    assert torch.equal(again, wanted)
+
+
+def test_attention_with_positions_in_query_and_key_is_no_cross_attention():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.register_buffer("pos", torch.randn(1, 6, 8))
+
+        def forward(self, x):
+            """Positions are added to what is compared, not to what is mixed."""
+            compared = x + self.pos
+            return x + self.attn(compared, compared, x)[0]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            """The blocks in turn."""
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    text = ck.cache(Model(), ck.taylorseer(3, sites="attention")).explain(4, torch.randn(1, 6, 8))
+    assert "spatial: blocks.*.attn" in text

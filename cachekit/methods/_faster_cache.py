@@ -97,7 +97,6 @@ def faster_cache(
         >>> print(step.plan(timesteps))  # no attention is left out where both calls run
         5 of 10 steps computed  ####.#....
           spatial   #######.#.
-          temporal  #######.#.
           guidance  ####.#....
     """
     check_semantics(semantics)

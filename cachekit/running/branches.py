@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def apart(value: Tensor) -> Tensor:
 
 
 def entering(
-    calls: Sequence[tuple[tuple, Mapping[str, Any]]], aliases: Sequence[Sequence[Place]] = ()
+    calls: list[tuple[Any, dict[str, Any]]], aliases: Sequence[Sequence[Place]] = ()
 ) -> list[tuple[Any, dict[str, Any]]]:
     """The arguments of calls as a branch of `torch.cond` takes them.
 

@@ -9,6 +9,7 @@ import torch
 from cachekit.deciders import Moment
 from cachekit.errors import StructureError
 from cachekit.running.frames import EAGER, check_reached
+from cachekit.running.outputs import unconditional
 from cachekit.running.sites import run_framed
 from cachekit.signals import numbers
 from cachekit.state import State
@@ -36,3 +37,12 @@ def run(
     if frame["sums"] is not None:
         moment = moment._replace(signal=numbers(torch.stack(frame["sums"])))
     return out, step.advance(state, moment, computed, frame["updated"], frame["residual"])
+
+
+def uncond(
+    step: CachedStep, layout: Layout, state: State, full: dict[str, bool], now: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The unconditional call of a step."""
+    frame = step.frame(EAGER, layout, state.sites, (), now)
+    frame["compute"] = full
+    return unconditional(frame, step.opened.original, args, kwargs), frame["updated"]

@@ -9,7 +9,9 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders._decider import ratio, take
+from cachekit.guidance import GUIDANCE, Answered
 from cachekit.running.frames import GRAPH, check_reached
+from cachekit.running.outputs import unconditional
 from cachekit.running.sites import run_framed
 from cachekit.state import State
 from cachekit.structure.layout import ALL
@@ -68,6 +70,23 @@ def run(step: CachedStep, state: State, args: tuple, kwargs: dict[str, Any]) -> 
         computed=state.computed.index_put(at, computed.reshape(1)),
         signal=state.signal.index_put(at, signal.reshape(1)),
     )
+
+
+def uncond(step: CachedStep, state: State, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Answered, dict[str, Any]]:
+    """The unconditional call of a step, traced."""
+    done = state.step - 1
+    torch.ops.aten._assert_async.msg(
+        done > state.decider.last,
+        "The state has done no step since its last unconditional call. Call step(state, ...).",
+    )
+    plan = state.plan[GUIDANCE]
+    steps = torch.arange(plan.shape[0])
+    needed = torch.where(plan & (steps <= done), steps, -1).max()
+    computed = take(plan, done.clamp(min=0)) | (state.decider.full < needed)
+    frame = step.frame(GRAPH, step.layout(tuple(state.sites)), state.sites, (), step.clock(state, done))
+    frame["compute"] = {GUIDANCE: computed}
+    out = unconditional(frame, step.opened.original, args, kwargs)
+    return out, Answered(done, torch.where(computed, done, state.decider.full)), frame["updated"]
 
 
 def _tensors(sums) -> Sums:

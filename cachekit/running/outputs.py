@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from cachekit.errors import StructureError
-from cachekit.running.arguments import assemble
+from cachekit.errors import StateError, StructureError
+from cachekit.running.arguments import argument, assemble, has
 from cachekit.running.branches import apart, either, entering, steady
 from cachekit.running.frames import (
     ACTION,
@@ -34,6 +34,7 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         return model(*args, **kwargs)
     if not probed or (frame["mode"] == ACTION and not computes(frame)):
         frame["entered"] = False
+        check_given(frame, output, args, kwargs)
         return at_output(frame, output, lambda: model(*args, **kwargs))
     values = _tensors_of(frame, output, model(*args, **kwargs))  # it has decided on the way
     if frame["mode"] == GRAPH:
@@ -83,6 +84,7 @@ def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -
     """The unconditional call of a step whose conditional one is done: the model itself, or the answer from that."""
     guidance, output, now = frame["guidance"], frame["layout"].guided, frame["now"]
     (state,) = frame["sites"][output.name]
+    check_given(frame, output, args, kwargs)
 
     def compute():
         uncond = _only(model(*args, **kwargs))
@@ -106,6 +108,21 @@ def _only(out: Any) -> Tensor:
     return value
 
 
+def check_given(frame: Frame, output: Output, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments of another batch or resolution than the state was made for, also where nothing is computed."""
+    if frame["full"]:
+        return  # both halves of a guided batch, of which one is remembered
+    for state, like in zip(frame["sites"][output.name], output.like, strict=False):
+        if like is None or not has(like.key, args, kwargs):
+            continue
+        kept, given = example(state).shape, argument(like.key, args, kwargs)
+        if isinstance(given, Tensor) and (given.shape != kept if like.whole else given.shape[:1] != kept[:1]):
+            raise StateError(
+                f"At {output.name} the state holds {list(kept)}, the call brings {list(given.shape)} as {like.key!r}. "
+                "Batch or resolution changed: make a new state with step.init."
+            )
+
+
 def at_part(frame: Frame, path: str, module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """A module inside a block, or a forecast of what it returns."""
     calls = frame["layout"].parts.get(path)
@@ -118,8 +135,9 @@ def at_part(frame: Frame, path: str, module, args: tuple, kwargs: Mapping[str, A
     frame["passed"][path] = nth + 1
     if nth >= len(calls):
         raise StructureError(f"{path} is called more often than at init. Make a new state with step.init.")
+    check_given(frame, calls[nth], args, kwargs)
     if frame["mode"] == GRAPH:
-        ((args, kwargs),) = entering([(args, kwargs)], calls[nth].aliases)
+        ((args, kwargs),) = entering([(args, dict(kwargs))], calls[nth].aliases)
     return at_output(frame, calls[nth], lambda: module(*args, **kwargs))
 
 
@@ -163,7 +181,8 @@ def _chosen(frame: Frame, output: Output, values: list[Tensor]) -> list[Tensor]:
 
 
 def _remember(frame: Frame, output: Output, values: list[Tensor]) -> None:
-    kept = [value.clone() for value in values] if output.copied else values
+    # Half of a guided batch lies in the memory of both.
+    kept = [value.clone() for value in values] if output.copied or frame["full"] else values
     remember(frame, output.name, updated(frame, kept, frame["sites"][output.name]))
 
 

@@ -21,7 +21,7 @@ from cachekit.running.outputs import unconditional
 from cachekit.running.sites import run_framed
 from cachekit.signals import numbers
 from cachekit.state import State
-from cachekit.structure.layout import ALL
+from cachekit.structure.layout import ALL, Layout
 
 if TYPE_CHECKING:
     from cachekit.transform import CachedStep
@@ -46,10 +46,7 @@ class Programs:
         self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
-        standing = step.opened.standing()
-        if self._standing != standing:
-            self._standing = standing
-            self._compiled.clear()
+        self._follow(step)
         names = tuple(state.sites)
         written = step.layout(names).written
         if step.policy.front and written is not None:
@@ -76,10 +73,26 @@ class Programs:
             moment = moment._replace(signal=numbers(observed))
         return out, step.advance(state, moment, all(verdicts.values()), updated, residual)
 
-    def uncond(self, step: CachedStep, state: State, full: dict[str, bool], now, args, kwargs) -> tuple[Any, Any]:
+    def uncond(
+        self, step: CachedStep, layout: Layout, state: State, full: dict[str, bool], now, args: tuple, kwargs: dict
+    ) -> tuple[Any, dict[str, Any]]:
         """The unconditional call of a step."""
-        program = self._program(("uncond", *full.values()), _uncond)
-        return program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
+        self._follow(step)
+        try:
+            program = self._program(("uncond", *full.values()), _uncond)
+            return program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
+        except Exception as error:
+            try:
+                eager.uncond(step, layout, state, full, now, args, kwargs)
+            except CacheError as named:
+                raise named from error
+            raise
+
+    def _follow(self, step: CachedStep) -> None:
+        standing = step.opened.standing()
+        if self._standing != standing:
+            self._standing = standing
+            self._compiled.clear()
 
 
 def _uncond(step, names, full, sites, now, args, kwargs):
@@ -114,7 +127,7 @@ def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
 # Of the standard library, torch, and what this package itself keeps and never changes.
 SETTLED = re.compile(
     r"^G\['(__builtins|__import_(builtins|collections|einops|functools|inspect|math|torch|types|typing)\b|torch\b)"
-    r"|G\['(__import_cachekit(_dot_\w+)?|call_frames)'\]|type\(step\)|(^|\()step\.(?!opened\.blocks\[|shadow|_modules)"
+    r"|G\['(__import_cachekit(_dot_\w+)?|call_frames)'\]|type\(step\)|(^|\()step\.(?!opened\.(blocks\[|original)|shadow|_modules)"
 )
 # Which module stands where: the step looks after that itself, before every program.
 STRUCTURE = {

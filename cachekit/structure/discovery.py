@@ -123,6 +123,7 @@ def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
     recorder = Recorder(_inputs(model, args, kwargs))
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
+    given = {key: recorder.node(value) for key, value in (*enumerate(args), *kwargs.items())}
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = twin.root(*args, **kwargs)
     leaves, treespec = pytree.tree_flatten(out)
@@ -138,6 +139,7 @@ def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
         parts=tuple(
             part._replace(written=number in recorder.overwritten) for number, part in enumerate(recorder.parts)
         ),
+        given=given,
         early=early,
         outs=outs,
         treespec=treespec,

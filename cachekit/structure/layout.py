@@ -69,6 +69,13 @@ class Span(NamedTuple):
         return bool(self.writes)
 
 
+class Like(NamedTuple):
+    """An argument by which another batch or resolution is noticed where nothing is computed."""
+
+    key: Key
+    whole: bool  # whether it has the shape of the result, or only its batch
+
+
 class Output(NamedTuple):
     """What a module returns, as a site: on a reuse nothing of the module runs."""
 
@@ -76,6 +83,7 @@ class Output(NamedTuple):
     treespec: Any
     leaves: tuple[Const | None, ...]  # None where a tensor stands
     dtypes: tuple[torch.dtype, ...]  # of the tensors
+    like: tuple[Like | None, ...]  # for every tensor; None where no argument is
     group: str = ALL  # whose decision it follows
     aliases: tuple[tuple[Place, ...], ...] = ()  # of its arguments, as in a span
     copied: bool = True  # whether what is remembered is a copy: others may write to what is returned

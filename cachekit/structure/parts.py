@@ -34,7 +34,7 @@ class Activity:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.pairs: list[tuple[frozenset[Origin], frozenset[Origin]]] = []  # query and value, or factors
+        self.pairs: list[tuple[frozenset[Origin], frozenset[Origin]]] = []  # query, and key and value; or factors
         self.fused = False
         self.products = 0  # with weights or without, those of modules inside included
         self.attended = False  # here or in a module inside
@@ -46,10 +46,10 @@ class Activity:
 
     @property
     def crossed(self) -> bool:
-        """Whether the values come from other arguments than the queries."""
+        """Whether keys and values come from other arguments than the queries."""
         query = frozenset(origin for origin in self.pairs[0][0] if origin[0] == self.number)
-        value = frozenset(origin for origin in self.pairs[-1][1] if origin[0] == self.number)
-        return bool(query and value) and not query & value
+        others = frozenset(origin for origin in self.pairs[0][1] | self.pairs[-1][1] if origin[0] == self.number)
+        return bool(query and others) and not query & others
 
 
 class Watch:
@@ -90,7 +90,7 @@ class Watch:
         if FUSED.search(name):
             here.fused = True
             operands = [self._of(arg) if isinstance(arg, Tensor) else frozenset() for arg in args[:3]]
-            here.pairs.append((operands[0], operands[-1]))
+            here.pairs.append((operands[0], frozenset().union(*operands[1:])))
         elif name in PRODUCTS:
             left, right = (args[place] for place in PRODUCTS[name])
             if computed(left) and computed(right):

@@ -10,7 +10,7 @@ from typing import Any
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
-from cachekit.structure.layout import ALL, Found, Layout, Output, Span, Stream
+from cachekit.structure.layout import ALL, Found, Layout, Like, Output, Span, Stream
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
 from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure.spans import aliases_of, name_of, span_of
@@ -37,7 +37,7 @@ def lay_out(
     Raises:
         StructureError: there is no chain, or nothing to skip in it.
     """
-    output = _output(record.outs, record.treespec, "output")
+    output = _output(record.outs, record.treespec, "output", record.given)
     if sites == "chain" or front:
         found = _with_chains(record, front, stated, remembered=sites == "chain")
     else:
@@ -77,6 +77,7 @@ def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str
     specs: dict[str, tuple[TensorSpec, ...]] = {}
     kinds: dict[str, tuple[str, ...]] = {}
     left = list(found.left)
+    returned = {out.storage for out in record.outs if isinstance(out, Leaf)}  # to the caller, who may write to it
     for part in wanted:
         call = part.call
         if front and (part.block < 0 or record.calls[part.block].path not in skippable):
@@ -89,8 +90,10 @@ def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str
             continue
         name = call.path if not call.nth else f"{call.path}#{call.nth}"
         group = part.kind if groups else ALL
-        output = _output(call.outs, call.treespec, name)._replace(
-            group=group, aliases=aliases_of([call], [()]), copied=part.written
+        output = _output(call.outs, call.treespec, name, call.args)._replace(
+            group=group,
+            aliases=aliases_of([call], [()]),
+            copied=part.written or any(isinstance(out, Leaf) and out.storage in returned for out in call.outs),
         )
         parts[call.path] = (*parts.get(call.path, ()), output)
         specs[name] = _specs(call.outs)
@@ -144,9 +147,20 @@ def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
     )
 
 
-def _output(outs: Sequence[Any], treespec: Any, name: str) -> Output:
+def _output(outs: Sequence[Any], treespec: Any, name: str, given: Mapping[Key, Any]) -> Output:
     leaves = tuple(None if isinstance(out, Leaf) else out for out in outs)
-    return Output(name, treespec, leaves, tuple(spec.dtype for spec in _specs(outs)))
+    specs = _specs(outs)
+    like = tuple(_like(spec, given) for spec in specs)
+    return Output(name, treespec, leaves, tuple(spec.dtype for spec in specs), like)
+
+
+def _like(spec: TensorSpec, given: Mapping[Key, Any]) -> Like | None:
+    tensors = {key: arg.spec.shape for key, arg in given.items() if isinstance(arg, Leaf) and arg.spec.shape}
+    for whole in (True, False):
+        for key, shape in tensors.items():
+            if shape == spec.shape or (not whole and shape[:1] == spec.shape[:1]):
+                return Like(key, whole)
+    return None
 
 
 def _specs(outs: Sequence[Any]) -> tuple[TensorSpec, ...]:

@@ -93,6 +93,7 @@ class Record(NamedTuple):
 
     calls: tuple[Call, ...]
     parts: tuple[Part, ...]
+    given: dict[Key, Any]  # arguments of the model: Leaf, Tree or Const
     early: tuple[Early, ...]
     outs: tuple[Any, ...]  # of the model: Leaf or Const, flat
     treespec: Any  # of what the model returns
