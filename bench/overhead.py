@@ -2,11 +2,13 @@
 
 Two models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, and a near-empty
 one, where all that is left is overhead. The rows of a method and an action are measured together with the plain
-model, call by call in turn; a row's figure is the median of its ratios to the plain compiled call of the same round.
+model, call by call in turn; a row's figure is the median of its ratios to the plain compiled call of the same round,
+beside it the ratio of the medians.
 Seconds are for orientation only. Compilation is timed apart, from an empty cache of compiled code. No result is timed
 before it agrees with what it should be.
 
-    python bench/overhead.py [--rounds 40] [--models medium,small] [--methods mag_cache,taylorseer] [--out DIR]
+    python bench/overhead.py [--rounds 40] [--models medium,small] [--methods mag_cache,taylorseer]
+                             [--ways programs] [--out DIR]
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ import cachekit as ck
 
 STEPS = 1000  # a row that reaches the end starts again
 TIMES = [950.0] + [500.0] * (STEPS - 1)  # the first outside, the others inside of every range of timesteps
+WAYS = ("hooks", "eager", "regional", "programs", "one graph")  # hooks: those of diffusers, compiled
 MODELS = {
     "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
     "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
@@ -260,8 +263,8 @@ def without(model, method: str, gone: tuple[str, ...]):
     return cut
 
 
-def rows(model, inputs, method: str, action: str) -> list[Row]:
-    """All ways of one method and action, side by side with the plain model."""
+def rows(model, inputs, method: str, action: str, ways: list[str]) -> list[Row]:
+    """These ways of one method and action, side by side with the plain model, and with what shows the right output."""
 
     def plain(i: int) -> torch.Tensor:
         return model(**inputs[i % len(inputs)])[0]
@@ -288,9 +291,11 @@ def rows(model, inputs, method: str, action: str) -> list[Row]:
     expected = plain if action == "computed" else None
     against = f"{method}, diffusers hooks, eager, {action}"
     for way, is_compiled in (("eager", False), ("torch.compile", True)):
+        if is_compiled and "hooks" not in ways:
+            continue
         hooked = Hooks(model, apply, config, inputs, is_compiled)
         table.append(Row(method, f"diffusers hooks, {way}", action, hooked, expected, against))
-    for way in ("eager", "regional", "programs", "one graph"):
+    for way in (each for each in WAYS if each != "hooks" and each in ways):
         table.append(Row(method, f"cachekit, {way}", action, Ours(model, ours, inputs, way), expected, against))
     return table
 
@@ -339,12 +344,12 @@ def measure(table: list[Row], rounds: int, warm: int, timed: int) -> list[list[f
     return samples
 
 
-def bench(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
+def bench(name: str, methods: list[str], ways: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure one model and print its table."""
     model, inputs = build(MODELS[name])
     print(f"\n{name}: {MODELS[name]}")
     print(
-        f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'ms':>9} {'first s':>8} "
+        f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'medians':>8} {'ms':>9} {'first s':>8} "
         f"{'state KiB':>10}"
     )
     results: list[dict[str, Any]] = []
@@ -352,7 +357,7 @@ def bench(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
         for method in methods:
             # Fresh: whatever was compiled for other rows costs none of these a look.
             torch._dynamo.reset()
-            table = rows(model, inputs, method, action)
+            table = rows(model, inputs, method, action, ways)
             seconds = check(table)
             # A near-empty call is over before the caches are warm, and so short that many more are affordable.
             warm, timed = (20, 20) if name == "small" else (2, 1)
@@ -366,6 +371,7 @@ def bench(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
                     "way": row.way,
                     "action": row.action,
                     "ratio": middle,
+                    "ratio_of_medians": statistics.median(found) / statistics.median(base),
                     "p25": low,
                     "p75": high,
                     "seconds": statistics.median(found),
@@ -375,6 +381,7 @@ def bench(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
                 }
                 print(
                     f"{row.method:<28} {row.way:<30} {row.action:<9} {middle:>8.4f} {low:>7.3f} {high:>7.3f} "
+                    f"{entry['ratio_of_medians']:>8.4f} "
                     f"{entry['seconds'] * 1e3:>9.3f} {entry['first_calls_seconds']:>8.1f} "
                     f"{entry['state_bytes'] / 1024:>10.1f}"
                 )
@@ -388,6 +395,7 @@ def main() -> None:
         "--rounds", type=int, default=40, help="samples a row; one is a call of the medium model, 20 of the small one"
     )
     parser.add_argument("--models", default="medium,small", help="which of medium, small")
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"which of {', '.join(WAYS)}")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"which of {', '.join(METHODS)}")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files, one a model"
@@ -410,7 +418,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.models.split(","):
         with torch.no_grad():
-            record["rows"] = bench(name, options.methods.split(","), options.rounds)
+            record["rows"] = bench(name, options.methods.split(","), options.ways.split(","), options.rounds)
         path = options.out / f"overhead-{name}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"\nwritten: {path}")

@@ -85,7 +85,9 @@ class Guidance:
                 f"`layout` must be one of {', '.join(map(repr, LAYOUTS))} or cachekit.Tokens(frames, height, width), "
                 f"got {self.layout!r}."
             )
-        if isinstance(self.layout, Tokens) and any(not isinstance(n, int) or n < 1 for n in self.layout):
+        if isinstance(self.layout, Tokens) and any(
+            isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.layout
+        ):
             raise ArgumentError(f"`layout` must count at least one frame, row and column, got {self.layout!r}.")
         if not isinstance(self.decider, Decider) or not self.decider.static:
             raise ArgumentTypeError(

@@ -210,8 +210,8 @@ def test_what_does_not_fit():
     x, t, text = feed(0, True)
     cases = [
         (lambda: ck.faster_cache(cfg="both"), r"`cfg` must be one of .* got 'both'"),
-        (lambda: ck.faster_cache(0), r"`attention` must be an int >= 1 or None, got 0"),
-        (lambda: ck.faster_cache(uncond=0), r"`uncond` must be an int >= 1 or None, got 0"),
+        (lambda: ck.faster_cache(0), r"`attention` must be an int >= 1, got 0"),
+        (lambda: ck.faster_cache(uncond=0), r"`uncond` must be an int >= 1, got 0"),
         (lambda: ck.faster_cache(attention_range=(9, 1)), r"`attention_range` must be \(low, high\) with low < high"),
         (lambda: ck.faster_cache(low_range=(9, 1)), r"`low_range` must be \(low, high\) with low < high"),
         (lambda: ck.faster_cache(layout="HWC"), r"`layout` must be one of 'BCHW'.* got 'HWC'"),

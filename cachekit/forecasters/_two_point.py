@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ def two_point(
     numeric = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not numeric and weight != "ramp" and not callable(weight):
         raise ArgumentError(f'`weight` must be a number, "ramp" or a function of (step, steps), got {weight!r}.')
+    if numeric and not math.isfinite(weight):  # type: ignore[arg-type]
+        raise ArgumentError(f"`weight` must be finite, got {weight!r}. 0 repeats the last value.")
     if feedback and not numeric:
         raise ArgumentError(f"`weight` must be a number with feedback=True, got {weight!r}.")
 

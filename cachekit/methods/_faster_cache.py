@@ -8,6 +8,7 @@ split into low and high frequencies once, on a full step, where the references t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,6 +110,8 @@ def faster_cache(
         alphas = tuple((1.1 if theirs else 1.2) if alpha is None else alpha for alpha in (alpha_low, alpha_high))
         for name, alpha in zip(("alpha_low", "alpha_high"), alphas, strict=True):
             deciders.check_number(name, alpha)
+            if not math.isfinite(alpha):
+                raise ArgumentError(f"`{name}` must be finite, got {alpha!r}. 1 adds back what was measured.")
         for name, span in (("low", low_range), ("high", high_range)):
             broadcast(name, 1, span)  # for its checks
         guidance = Guidance(

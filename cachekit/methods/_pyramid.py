@@ -85,10 +85,12 @@ def broadcast(name: str, every: int, within: Range) -> Decider:
     if not isinstance(within, (tuple, list)) or len(within) != 2:
         raise ArgumentTypeError(f"`{name}_range` must be a pair (low, high), got {within!r}.")
     low, high = within
-    if low >= high:
+    for end in within:
+        deciders.check_number(f"{name}_range", end)
+    if not low < high:
         raise ArgumentError(f"`{name}_range` must be (low, high) with low < high, got {within!r}. Swap them.")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ArgumentError(f"`{name}` must be an int >= 1 or None, got {every!r}. 1 computes every step.")
+        raise ArgumentError(f"`{name}` must be an int >= 1, got {every!r}. 1 computes every step.")
     return deciders.within(low, high, deciders.interval(every))
 
 
@@ -102,6 +104,9 @@ def _patterns(
             raise ArgumentError(f"`patterns` has the kind {kind!r}. The kinds are {', '.join(map(repr, KINDS))}.")
         if kind not in given:
             raise ArgumentError(f"`patterns` names {kind!r}, which has no interval. Give `{kind}` one.")
+    for kind, each in patterns.items():
+        if not all(isinstance(pattern, str) for pattern in ((each,) if isinstance(each, str) else each or (None,))):
+            raise ArgumentTypeError(f"`patterns` has {each!r} for {kind!r}. Give a regular expression, or several.")
     missing = [kind for kind in given if kind not in patterns]
     if missing:
         raise ArgumentError(f"`patterns` does not name {missing[0]!r}, which has an interval. Give it a pattern.")

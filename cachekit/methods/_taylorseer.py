@@ -57,7 +57,7 @@ def taylorseer(
         (True, True, False, True, False, False, False, True, False, False)
     """
     check_semantics(semantics)
-    if basis not in BASES:
+    if not isinstance(basis, str) or basis not in BASES:
         raise ArgumentError(f"`basis` must be one of {tuple(BASES)}, got {basis!r}.")
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ArgumentError(f"`interval` must be an int >= 1, got {interval!r}. 1 computes every step.")
