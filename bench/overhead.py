@@ -349,8 +349,8 @@ def bench(name: str, methods: list[str], ways: list[str], rounds: int) -> list[d
     model, inputs = build(MODELS[name])
     print(f"\n{name}: {MODELS[name]}")
     print(
-        f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'medians':>8} {'ms':>9} {'first s':>8} "
-        f"{'state KiB':>10}"
+        f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'medians':>8} "
+        f"{'ms':>9} {'first s':>8} {'state KiB':>10}"
     )
     results: list[dict[str, Any]] = []
     for action in ("computed", "skipped"):
