@@ -95,7 +95,7 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
     # Up to 7/10, so that also the careful settings have a run to be held against.
     shares = (0.7, 0.4, 0.2) if short else (0.7, 0.5, 0.4, 0.3, 0.2)
     thresholds = (0.12,) if short else (0.12, 0.16)
-    first = [(threshold, None) for threshold in thresholds] + [(threshold, newton) for threshold in thresholds[-2:]]
+    first = [(threshold, None) for threshold in thresholds] + [(threshold, newton) for threshold in thresholds[-1:]]
     budgets = ((0.06, 2, None), (0.06, 2, taylor))
     if not short:
         budgets = ((0.06, 2, None), (0.12, 4, None), (0.06, 2, taylor))
@@ -140,8 +140,7 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
                 ck.step_mask([step % interval == 0 for step in range(steps)], forecaster=forecaster),
                 forecaster is not None,
             )
-            for forecaster in (None, taylor)
-            for interval in intervals
+            for interval, forecaster in ((intervals[-1], None), *((interval, taylor) for interval in intervals))
         ),
         *(
             Setting(
@@ -151,7 +150,7 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
                 ck.step_mask([step % interval == 0 for step in range(steps)], forecaster=taylor, sites="output"),
                 True,
             )
-            for interval in intervals[-2:]
+            for interval in intervals[-1:]
         ),
         *(
             Setting("taylorseer", f"every {interval} + taylor 1", steps, ck.taylorseer(interval, warmup=2), True)
