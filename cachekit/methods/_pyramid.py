@@ -99,12 +99,11 @@ def _patterns(
 ) -> dict[str, tuple[str, ...]]:
     if not isinstance(patterns, Mapping):
         raise ArgumentTypeError(f"`patterns` must be a dict from kind to regular expression, got {patterns!r}.")
-    for kind in patterns:
+    for kind, each in patterns.items():
         if kind not in KINDS:
             raise ArgumentError(f"`patterns` has the kind {kind!r}. The kinds are {', '.join(map(repr, KINDS))}.")
         if kind not in given:
             raise ArgumentError(f"`patterns` names {kind!r}, which has no interval. Give `{kind}` one.")
-    for kind, each in patterns.items():
         if not all(isinstance(pattern, str) for pattern in ((each,) if isinstance(each, str) else each or (None,))):
             raise ArgumentTypeError(f"`patterns` has {each!r} for {kind!r}. Give a regular expression, or several.")
     missing = [kind for kind in given if kind not in patterns]

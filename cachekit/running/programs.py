@@ -6,9 +6,10 @@ is free of host reads and can be captured as a CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,20 +56,13 @@ class Programs:
                 "forward twice. Use torch.compile(step, fullgraph=True), or let the forward write to a copy."
             )
         now, residual, carried, seen = step.clock(state), None, (), moment
-        try:
+        with _in_own_words(lambda: eager.run(step, step.layout(names), state, seen, args, kwargs)):
             if step.policy.front:
                 sums, residual, *carried = self._program((PROBE,), _probe)(step, names, state.reference, args, kwargs)
                 moment = Moment(moment.step, moment.timestep, moment.steps, numbers(sums))
             verdicts = step.planned(state, moment.step) if step.policy.static else {ALL: step.verdict(state, moment)}
             program = self._program(tuple(verdicts.values()), _action)
             out, updated, observed = program(step, names, verdicts, state.sites, carried, now, args, kwargs)
-        except Exception as error:
-            # A compiler wraps what goes wrong while it traces. Without one the step says it in its own words.
-            try:
-                eager.run(step, step.layout(names), state, seen, args, kwargs)
-            except CacheError as named:
-                raise named from error
-            raise
         if observed is not None:
             moment = moment._replace(signal=numbers(observed))
         return out, step.advance(state, moment, all(verdicts.values()), updated, residual)
@@ -78,21 +72,28 @@ class Programs:
     ) -> tuple[Any, dict[str, Any]]:
         """The unconditional call of a step."""
         self._follow(step)
-        try:
+        with _in_own_words(lambda: eager.uncond(step, layout, state, full, now, args, kwargs)):
             program = self._program(("uncond", *full.values()), _uncond)
             return program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
-        except Exception as error:
-            try:
-                eager.uncond(step, layout, state, full, now, args, kwargs)
-            except CacheError as named:
-                raise named from error
-            raise
 
     def _follow(self, step: CachedStep) -> None:
         standing = step.opened.standing()
         if self._standing != standing:
             self._standing = standing
             self._compiled.clear()
+
+
+@contextlib.contextmanager
+def _in_own_words(without_compiler: Callable[[], Any]) -> Iterator[None]:
+    """A compiler wraps what goes wrong while it traces. Without one the step says it in its own words."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            without_compiler()
+        except CacheError as named:
+            raise named from error
+        raise
 
 
 def _uncond(step, names, full, sites, now, args, kwargs):

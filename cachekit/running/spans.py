@@ -152,7 +152,7 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
         return output, _values(span, output)
     states = frame["sites"][span.name]
     if mode == GRAPH:
-        return None, _written(span, calls, _branch(frame, span, calls, states, bases))
+        return None, _written(span, calls, _branch(frame, span, calls, states))
     if computes(frame):
         output = _run(frame, span, calls)
         values = _values(span, output)
@@ -225,7 +225,7 @@ def _add(sums: Any, more: Any) -> Any:
     return more if sums is None else (sums[0] + more[0], sums[1] + more[1])
 
 
-def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...], bases: list[Tensor]) -> list[Tensor]:
+def _branch(frame: Frame, span: Span, calls, states: tuple[Any, ...]) -> list[Tensor]:
     """Both ways inside one graph."""
     calls = entering(calls, span.aliases)
     bases = _bases(span, calls)
