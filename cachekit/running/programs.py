@@ -7,6 +7,7 @@ is free of host reads and can be captured as a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from cachekit.running import eager
 from cachekit.running.frames import ACTION, PROBE, check_reached
 from cachekit.running.outputs import unconditional
 from cachekit.running.sites import run_framed
+from cachekit.running.waiting import arrived, cutting, may_wait
 from cachekit.signals import numbers
 from cachekit.state import State
 from cachekit.structure.layout import ALL, Layout
@@ -40,6 +42,8 @@ class Programs:
         if action not in self._compiled:
             # torch.compile takes the filter out of the options that it is given.
             arguments = {**self._arguments, "options": {**self._arguments["options"]}}
+            if function is _probe:
+                arguments = _cut(arguments)
             self._compiled[action] = torch.compile(_fresh(function), **arguments)
         return self._compiled[action]
 
@@ -107,12 +111,14 @@ def _probe(step, names, reference, args, kwargs):
     frame = step.frame(PROBE, layout, {}, reference, None)
     run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
-    return torch.stack(frame["sums"]), frame["residual"], frame["carried"], frame["early"]
+    return torch.stack(frame["sums"]), frame["residual"], [*map(may_wait, frame["carried"])], frame["early"]
 
 
 def _action(step, names, verdicts, sites, carried, now, args, kwargs):
     layout = step.layout(names)
     frame = step.frame(ACTION, layout, sites, None, now, *carried)
+    if carried:
+        frame["carried"] = arrived(frame["carried"])
     frame["compute"] = verdicts
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
@@ -158,6 +164,19 @@ def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
         return [keep and not _checked(entry) for entry, keep in zip(entries, wanted(entries), strict=True)]
 
     return {**arguments, "options": {**options, "guard_filter_fn": needed}}
+
+
+def _cut(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for torch.compile by which the same backend compiles a probe without what may wait."""
+    arguments, options = dict(arguments), dict(arguments["options"])
+    filtering = {"guard_filter_fn": options.pop("guard_filter_fn")}
+    backend = arguments.get("backend", "inductor")
+    if backend == "inductor":
+        given = {"config_patches": {name.replace("-", "_"): value for name, value in options.items()}}
+    else:
+        given = {"options": options} if options else {}
+    compile_graph = functools.partial(torch._dynamo.lookup_backend(backend), **given)
+    return {**arguments, "backend": cutting(compile_graph), "options": filtering}
 
 
 def _checked(entry: Any) -> bool:

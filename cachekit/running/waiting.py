@@ -1,0 +1,143 @@
+"""Work of a probe that can wait until it is known whether anybody needs it.
+
+A front block may return more than the decision looks at: the text half of a double-stream block, say. The probe's
+graph is cut where the decision has what it needs, and what is left opens the programs after it. In the one that
+reuses nobody reads the result, and the compiler drops it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+WRITE = {
+    "setitem",
+    "delitem",
+    *(name for name in dir(operator) if name[0] == "i" and f"__{name[1:]}__" in dir(operator)),
+}
+WORDS = {
+    name for name in dir(operator) if name[-1] == "_" and name[0] != "_"
+}  # and_, not_, or_, is_: written so, write nothing
+
+
+@torch.compiler.allow_in_graph
+def may_wait(value: Tensor) -> Tensor:
+    """Marks a result of the probe that the decision does not look at."""
+    return value
+
+
+class Waiting(NamedTuple):
+    """Stands for a result of the probe that is not computed yet."""
+
+    rest: fx.GraphModule  # computes what waits
+    given: tuple[Tensor, ...]  # from these
+    index: int  # of this one among its results
+
+
+def arrived(carried: Sequence[Tensor | Waiting]) -> list[Tensor]:
+    """What the probe hands on, with what has waited computed: inside the graph of the program that is given it."""
+    late = next((value.rest(*value.given) for value in carried if isinstance(value, Waiting)), ())
+    return [late[value.index] if isinstance(value, Waiting) else value for value in carried]
+
+
+def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that compiles a probe without what may wait: in place of that it returns a `Waiting`."""
+
+    def backend(probe: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        results, late = _results(probe), _late(probe)
+        if not late:
+            return compile_graph(probe, inputs)
+        rest = _split(probe, late)
+        run = compile_graph(probe, inputs)
+
+        def cut(*values: Any) -> list[Any]:
+            found = iter(run(*values))
+            kept = {node: next(found) for node in results if node not in late}
+            given = tuple(found)
+            return [kept[node] if node in kept else Waiting(rest, given, late.index(node)) for node in results]
+
+        return cut
+
+    return backend
+
+
+def _late(probe: fx.GraphModule) -> list[fx.Node]:
+    """Results that may wait and take work of their own; none where that work cannot be moved."""
+    marked = [node for node in _results(probe) if node.target is may_wait]
+    needed = _ancestors(node for node in _results(probe) if node not in marked)
+    late = [node for node in marked if node.all_input_nodes[0] not in needed]
+    own, given = _sides(probe, late)
+    if torch.is_grad_enabled() or any(node.op == "get_attr" for node in own):  # a graph within the graph
+        return []
+    if not all(isinstance(_example(node), Tensor) for node in given):  # a size that is not known beforehand
+        return []
+    after = itertools.dropwhile(lambda node: node not in own, probe.graph.nodes)
+    return late if all(map(_pure, after)) else []
+
+
+def _split(probe: fx.GraphModule, late: list[fx.Node]) -> fx.GraphModule:
+    """Take what the late results alone need out of a graph, which returns what they are computed from instead."""
+    own, given = _sides(probe, late)
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(f"given_{n}") for n, node in enumerate(given)}
+    for node in own:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in late))
+    (output,) = probe.graph.find_nodes(op="output")
+    output.args = ((*(node for node in _results(probe) if node not in late), *given),)
+    gone = set(own)
+    for node in probe.graph.nodes:
+        if node is not output and gone.intersection(node.all_input_nodes):  # that nobody reads
+            gone.add(node)
+    for node in reversed(probe.graph.nodes):
+        if node in gone:
+            probe.graph.erase_node(node)
+    probe.recompile()
+    return fx.GraphModule({}, graph)
+
+
+def _sides(probe: fx.GraphModule, late: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes that only late results need, and those that they are computed from, in the order of the graph."""
+    needed = _ancestors(node for node in _results(probe) if node not in late)
+    wanted = _ancestors(late)
+    # A piece of what is there costs nothing, and a tuple cannot be handed on.
+    needed |= {node for node in wanted if node.target is operator.getitem and node.all_input_nodes[0] in needed}
+    own = [node for node in probe.graph.nodes if node in wanted and node not in needed and node.op != "placeholder"]
+    read = {value for node in own for value in node.all_input_nodes}.difference(own)
+    return own, [node for node in probe.graph.nodes if node in read]
+
+
+def _results(graph_module: fx.GraphModule) -> list[fx.Node]:
+    (output,) = graph_module.graph.find_nodes(op="output")
+    return list(output.args[0])  # type: ignore[arg-type]
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    open_ = [*nodes]
+    while open_:
+        node = open_.pop()
+        if node not in found:
+            found.add(node)
+            open_ += node.all_input_nodes
+    return found
+
+
+def _pure(node: fx.Node) -> bool:
+    """Whether a node only computes its result: it writes to nothing, and switches nothing on or off."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return True
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    if name in WRITE or "out" in node.kwargs or (name.endswith("_") and name not in WORDS and name[-2] != "_"):
+        return False
+    return bool(node.users) or _example(node) is not None
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
