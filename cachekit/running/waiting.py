@@ -36,13 +36,13 @@ class Waiting(NamedTuple):
 
     rest: fx.GraphModule  # computes what waits
     given: tuple[Tensor, ...]  # from these
-    index: int  # of this one among its results
+    place: int  # of this one among its results
 
 
 def arrived(carried: Sequence[Tensor | Waiting]) -> list[Tensor]:
     """What the probe hands on, with what has waited computed: inside the graph of the program that is given it."""
     late = next((value.rest(*value.given) for value in carried if isinstance(value, Waiting)), ())
-    return [late[value.index] if isinstance(value, Waiting) else value for value in carried]
+    return [late[value.place] if isinstance(value, Waiting) else value for value in carried]
 
 
 def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
