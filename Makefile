@@ -18,7 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup            ## sample digits with every method; writes demo_output/report.html
 	$(BIN)/python -m cachekit.demo
 
-test: setup            ## the whole test suite, doctests included
+test: setup            ## the whole test suite, doctests included; the kernels first, on the CPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_kernels.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup            ## format, lint, types

@@ -1,0 +1,26 @@
+"""The arithmetic of caching, each in one pass over memory.
+
+Every function here has a reference in plain PyTorch, `cachekit_kernels.reference`, of the same name and arguments. On
+tensors of a GPU it runs as a Triton kernel that is registered as an operator, so a compiled program sees through it;
+everywhere else it *is* the reference, which `torch.compile` fuses itself.
+
+Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly: for tests.
+"""
+
+from cachekit_kernels._apply import apply_residual, guidance_delta
+from cachekit_kernels._operator import runs_on
+from cachekit_kernels._polynomial import newton_predict, newton_update, taylor_predict, taylor_update
+from cachekit_kernels._residual import norm_ratio, residual_change, residual_norm
+
+__all__ = [
+    "apply_residual",
+    "guidance_delta",
+    "newton_predict",
+    "newton_update",
+    "norm_ratio",
+    "residual_change",
+    "residual_norm",
+    "runs_on",
+    "taylor_predict",
+    "taylor_update",
+]

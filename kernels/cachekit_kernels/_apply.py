@@ -1,0 +1,175 @@
+"""What stands in for what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cachekit_kernels import reference as plain
+from cachekit_kernels._operator import cdiv, jit, launch, operator, rounded, runs_on, same, tl
+
+BLOCK, WARPS = 2048, 8  # as in _polynomial.py
+
+
+def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
+    """`base + residual` of every stream of a chain, two streams a launch.
+
+    Args:
+        bases: what came into the chain, each [...].
+        residuals: of the same shapes.
+
+    Returns:
+        The sums, in the dtypes of the bases.
+
+    Raises:
+        ValueError: as many bases as residuals are needed, and of their shapes.
+
+    Example:
+        >>> import torch
+        >>> apply_residual([torch.tensor([1.0])], [torch.tensor([0.5])])
+        [tensor([1.5000])]
+    """
+    for base, residual in zip(bases, residuals, strict=True):
+        same("apply_residual", base=base, residual=residual)
+    if not runs_on(*bases, *residuals):
+        return plain.apply_residual(bases, residuals)
+    return _apply_residual(list(bases), list(residuals))
+
+
+def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, cond_first: bool = False) -> Tensor:
+    """`u = cond + weights_0 low + weights_1 high` and `cond`, written as one batch.
+
+    Args:
+        cond: [B, ...], the conditional half.
+        low: [B, ...] float32, low frequencies of what the unconditional half adds to it.
+        high: [B, ...] float32, the high ones.
+        weights: [2] float32 on the same device.
+        cond_first: whether the batch is `[cond, u]`; else `[u, cond]`.
+
+    Returns:
+        [2 B, ...] in the dtype of `cond`.
+
+    Raises:
+        ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 2)
+        >>> guidance_delta(one, one, one, torch.tensor([0.5, 0.25]))
+        tensor([[1.7500, 1.7500],
+                [1.0000, 1.0000]])
+
+    Source: FasterCache, arXiv 2410.19355, section 3.3.
+    """
+    same("guidance_delta", cond=cond, low=low, high=high)
+    if not runs_on(cond, low, high) or not cond.ndim:
+        return plain.guidance_delta(cond, low, high, weights, cond_first=cond_first)
+    return _guidance_delta(cond, low, high, weights, cond_first)
+
+
+def _fake_apply(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+
+
+@operator("apply_residual", _fake_apply)
+def _apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
+    sums = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+    streams = [
+        (base.contiguous(), residual.contiguous(), total)
+        for base, residual, total in zip(bases, residuals, sums, strict=True)
+        if total.numel()
+    ]
+    for first in range(0, len(streams), 2):
+        one, other = streams[first], streams[min(first + 1, len(streams) - 1)]
+        blocks = cdiv(one[2].numel(), BLOCK)
+        more = cdiv(other[2].numel(), BLOCK) if other is not one else 0
+        launch(
+            _apply_kernel,
+            (blocks + more,),
+            *one,
+            one[2].numel(),
+            *other,
+            other[2].numel(),
+            blocks,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return sums
+
+
+@jit
+def _apply_kernel(
+    base_ptr,
+    residual_ptr,
+    total_ptr,
+    size,
+    other_base_ptr,
+    other_residual_ptr,
+    other_total_ptr,
+    other_size,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if block < blocks:
+        _add(base_ptr, residual_ptr, total_ptr, size, block, BLOCK)
+    else:
+        _add(other_base_ptr, other_residual_ptr, other_total_ptr, other_size, block - blocks, BLOCK)
+
+
+@jit
+def _add(base_ptr, residual_ptr, total_ptr, size, block, BLOCK: tl.constexpr):
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = at < size
+    base = tl.load(base_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    tl.store(total_ptr + at, rounded(base + residual, total_ptr), mask=kept)
+
+
+def _fake_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_first: bool) -> Tensor:
+    return cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
+
+
+@operator("guidance_delta", _fake_delta)
+def _guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_first: bool) -> Tensor:
+    both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
+    size = cond.numel()
+    if size:
+        launch(
+            _delta_kernel,
+            (cdiv(size, BLOCK),),
+            cond.contiguous(),
+            low.contiguous(),
+            high.contiguous(),
+            weights.contiguous(),
+            both,
+            size,
+            COND_FIRST=cond_first,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return both
+
+
+@jit
+def _delta_kernel(
+    cond_ptr,
+    low_ptr,
+    high_ptr,
+    weights_ptr,
+    both_ptr,
+    size,
+    COND_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = at < size
+    cond = tl.load(cond_ptr + at, mask=kept, other=0.0)
+    low = tl.load(low_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    high = tl.load(high_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    uncond = cond.to(tl.float32) + tl.load(weights_ptr) * low + tl.load(weights_ptr + 1) * high
+    half = size + tl.zeros((), tl.int64)
+    tl.store(both_ptr + at + (half if COND_FIRST else 0), rounded(uncond, both_ptr), mask=kept)
+    tl.store(both_ptr + at + (0 if COND_FIRST else half), cond, mask=kept)

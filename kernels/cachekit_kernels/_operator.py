@@ -1,0 +1,92 @@
+"""How a kernel becomes an operator that a compiler sees through, and when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import knobs
+except ImportError:  # not on this platform: the references run
+    triton = tl = knobs = None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+INTERPRETED = knobs is not None and knobs.runtime.interpret
+"""Whether kernels run on the CPU, as Python. Triton decides at import, from TRITON_INTERPRET."""
+
+CUTS_OFF = tl and tl.constexpr(INTERPRETED)
+"""The interpreter cuts the low bits of a bfloat16 off where a GPU rounds."""
+
+
+def runs_on(*tensors: Tensor) -> bool:
+    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16."""
+    if triton is None:
+        return False
+    return all(
+        tensor.dtype in DTYPES and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+        for tensor in tensors
+    )
+
+
+def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[..., Any]:
+    """Register a function that launches kernels as `torch.ops.cachekit.<name>`.
+
+    Args:
+        name: of the operator.
+        fake: the same function without the work: empty results of the right shape, dtype and device.
+        mutates: names of the arguments that it writes to.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if triton is None:
+            return function
+        make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        made: Any = make(f"cachekit::{name}", function, mutates_args=mutates)
+        made.register_fake(fake)
+        return made
+
+    return register
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a kernel, in a way that traces."""
+    run = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    run[grid](*args, **constants)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, where there is Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def cdiv(whole: int, part: int) -> int:
+    """How many parts cover the whole."""
+    return -(-whole // part)
+
+
+def same(name: str, **tensors: Tensor) -> None:
+    """Refuse tensors of different shapes or devices, naming both."""
+    (first, expected), *others = tensors.items()
+    for other, tensor in others:
+        if tensor.shape != expected.shape or tensor.device != expected.device:
+            raise ValueError(
+                f"{name}: `{other}` is {list(tensor.shape)} on {tensor.device}, `{first}` is {list(expected.shape)} on "
+                f"{expected.device}. Give tensors of one shape on one device."
+            )
+
+
+@jit
+def rounded(value, pointer):
+    """In the type that the pointer points to, rounded to the nearest."""
+    kind = pointer.dtype.element_ty
+    if CUTS_OFF and kind == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, nearest, value)
+    return value.to(kind)

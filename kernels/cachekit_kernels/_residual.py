@@ -1,0 +1,225 @@
+"""Sums over a residual: what a decider is shown."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cachekit_kernels import reference as plain
+from cachekit_kernels._operator import cdiv, jit, launch, operator, rounded, runs_on, same, tl
+
+# A heuristic, not a search. 4096 elements over 8 warps are 16 a thread: two loads of 16 bytes of bfloat16, four of
+# float32, for every input, which is enough in flight to reach the bandwidth of memory. So many programs that every
+# multiprocessor of a large GPU has several, and a number of its own: the order of a sum must not depend on the device.
+BLOCK, WARPS, PROGRAMS = 4096, 8, 1056
+TOKENS, CHANNELS = 4, 1024
+
+
+def residual_norm(
+    output: Tensor, base: Tensor, reference: Tensor, *, rows: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual of a block, and how it differs from a reference: one pass over memory.
+
+    Args:
+        output: [B, ...], what the block returned.
+        base: [B, ...], what it was given.
+        reference: [B, ...], an earlier residual.
+        rows: sum over every row of the batch by itself.
+
+    Returns:
+        `r = output - base` in their dtype; `sum |r - reference|` and `sum |reference|`, float32, [] or [B].
+        Deterministic; a NaN in any input is one in the sums that it belongs to.
+
+    Raises:
+        ValueError: shapes or devices differ.
+
+    Example:
+        >>> import torch
+        >>> _, change, size = residual_norm(torch.ones(2, 3) * 3, torch.ones(2, 3), torch.ones(2, 3), rows=True)
+        >>> (change / size).tolist()
+        [1.0, 1.0]
+
+    Source: the decision of FirstBlockCache, in ParaAttention.
+    """
+    same("residual_norm", output=output, base=base, reference=reference)
+    if not runs_on(output, base, reference) or output.dtype != base.dtype:
+        return plain.residual_norm(output, base, reference, rows=rows)
+    residual, sums = _residual_norm(output, base, reference, rows and output.ndim > 0)
+    shape = output.shape[:1] if rows else ()
+    return residual, sums[0].reshape(shape), sums[1].reshape(shape)
+
+
+def residual_change(residual: Tensor, reference: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
+    """The sums of `residual_norm` for a residual that is there already. Shapes [B, ...] alike."""
+    same("residual_change", residual=residual, reference=reference)
+    if not runs_on(residual, reference):
+        return plain.residual_change(residual, reference, rows=rows)
+    sums = _residual_change(residual, reference, rows and residual.ndim > 0)
+    shape = residual.shape[:1] if rows else ()
+    return sums[0].reshape(shape), sums[1].reshape(shape)
+
+
+def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
+    """`sum over tokens of ||residual|| / ||reference||`, float32 []: for the calibration of MagCache.
+
+    Shapes [..., D] alike. A token whose reference is zero counts as 1.
+
+    Source: MagCache, arXiv 2506.09045, equation 3.
+    """
+    same("norm_ratio", residual=residual, reference=reference)
+    if not runs_on(residual, reference) or not residual.ndim:
+        return plain.norm_ratio(residual, reference)
+    return _norm_ratio(residual, reference)
+
+
+def _row_count(tensor: Tensor, rows: bool) -> int:
+    return tensor.shape[0] if rows else 1
+
+
+def _fake_sums(residual: Tensor, reference: Tensor, rows: bool) -> Tensor:
+    return residual.new_empty((2, _row_count(residual, rows)), dtype=torch.float32)
+
+
+def _fake_norm(output: Tensor, base: Tensor, reference: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(output, memory_format=torch.contiguous_format), _fake_sums(output, reference, rows)
+
+
+@operator("residual_norm", _fake_norm)
+def _residual_norm(output: Tensor, base: Tensor, reference: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
+    residual = torch.empty_like(output, memory_format=torch.contiguous_format)
+    return residual, _sums(residual, reference, rows, output.contiguous(), base.contiguous())
+
+
+@operator("residual_change", _fake_sums)
+def _residual_change(residual: Tensor, reference: Tensor, rows: bool) -> Tensor:
+    return _sums(residual.contiguous(), reference, rows)
+
+
+def _sums(residual: Tensor, reference: Tensor, rows: bool, output: Tensor | None = None, base=None) -> Tensor:
+    count = _row_count(residual, rows)
+    size = residual.numel() // count if count else 0
+    if size == 0:
+        return residual.new_zeros((2, count), dtype=torch.float32)
+    blocks = cdiv(size, BLOCK)
+    programs = min(blocks, PROGRAMS)
+    partial = residual.new_empty((2, count, programs), dtype=torch.float32)
+    launch(
+        _sums_kernel,
+        (programs, count),
+        residual,
+        reference.contiguous(),
+        residual if output is None else output,
+        residual if base is None else base,
+        partial,
+        size,
+        blocks,
+        programs,
+        SUBTRACT=output is not None,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return partial.sum(-1)
+
+
+@jit
+def _sums_kernel(
+    residual_ptr,
+    reference_ptr,
+    output_ptr,
+    base_ptr,
+    partial_ptr,
+    size,
+    blocks,
+    programs,
+    SUBTRACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = tl.program_id(1)
+    start = row.to(tl.int64) * size
+    lanes = tl.arange(0, BLOCK)
+    change = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for block in range(program, blocks, programs):
+        inside = (block + tl.zeros((), tl.int64)) * BLOCK + lanes
+        kept = inside < size
+        at = start + inside
+        if SUBTRACT:
+            output = tl.load(output_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            base = tl.load(base_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            stored = rounded(output - base, residual_ptr)
+            tl.store(residual_ptr + at, stored, mask=kept)
+            residual = stored.to(tl.float32)  # as it is kept, so that it does not matter when it is looked at
+        else:
+            residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        reference = tl.load(reference_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        change += tl.abs(residual - reference)
+        total += tl.abs(reference)
+    to = row * programs + program
+    tl.store(partial_ptr + to, tl.sum(change, 0))
+    tl.store(partial_ptr + tl.num_programs(1) * programs + to, tl.sum(total, 0))
+
+
+def _fake_ratio(residual: Tensor, reference: Tensor) -> Tensor:
+    return residual.new_empty((), dtype=torch.float32)
+
+
+@operator("norm_ratio", _fake_ratio)
+def _norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
+    width = residual.shape[-1]
+    tokens = residual.numel() // width if width else 0
+    if tokens == 0:  # without channels every norm is zero, and every token counts as 1
+        return residual.new_full(
+            (), float(residual[..., :0].sum(-1).numel()) if width == 0 else 0.0, dtype=torch.float32
+        )
+    tiles = cdiv(tokens, TOKENS)
+    programs = min(tiles, PROGRAMS)
+    partial = residual.new_empty((programs,), dtype=torch.float32)
+    launch(
+        _ratio_kernel,
+        (programs,),
+        residual.contiguous(),
+        reference.contiguous(),
+        partial,
+        tokens,
+        width,
+        tiles,
+        programs,
+        TOKENS=TOKENS,
+        CHANNELS=CHANNELS,
+        num_warps=WARPS,
+    )
+    return partial.sum()
+
+
+@jit
+def _ratio_kernel(
+    residual_ptr,
+    reference_ptr,
+    partial_ptr,
+    tokens,
+    width,
+    tiles,
+    programs,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    total = tl.zeros((TOKENS,), tl.float32)
+    for tile in range(program, tiles, programs):
+        token = (tile + tl.zeros((), tl.int64)) * TOKENS + tl.arange(0, TOKENS)
+        norm = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        before = tl.zeros((TOKENS, CHANNELS), tl.float32)
+        for first in range(0, width, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            kept = (token < tokens)[:, None] & (channel < width)[None, :]
+            at = token[:, None] * width + channel[None, :]
+            residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            reference = tl.load(reference_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            norm += residual * residual
+            before += reference * reference
+        squared = tl.sum(before, 1)
+        known = squared != 0
+        ratio = tl.sqrt(tl.sum(norm, 1)) / tl.sqrt(tl.where(known, squared, 1.0))
+        total += tl.where(token < tokens, tl.where(known, ratio, 1.0), 0.0)
+    tl.store(partial_ptr + program, tl.sum(total, 0))
