@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ try:
     import triton.language as tl
     from triton import knobs
 except ImportError:  # not on this platform: the references run
-    triton = tl = knobs = None
+    triton = tl = knobs = cast(Any, None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
