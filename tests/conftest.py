@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+# The kernels run on a GPU, or interpreted, in a process of their own: `make test` does that first.
+collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
+
 torch.set_num_threads(int(os.environ.get("CACHEKIT_TEST_THREADS", "1")))
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(
-    not kernels.runs_on(torch.zeros((), device=DEVICE)), reason="needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.skipif(not kernels.runs_on(torch.zeros((), device=DEVICE)), reason="needs a GPU or TRITON_INTERPRET=1"),
+    # Of the interpreter of Triton 3.6, which NumPy 2.4 makes an error of.
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = _residual.BLOCK
