@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +35,7 @@ from diffusers.hooks.pyramid_attention_broadcast import (
 )
 from diffusers.hooks.taylorseer_cache import TaylorSeerCacheConfig, apply_taylorseer_cache
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from records import record, write
 
 import cachekit as ck
 
@@ -404,31 +401,11 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="cachekit-bench-")
     warnings.filterwarnings("ignore")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": 1,
-        "rounds": options.rounds,
-        "rows": [],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
+    made = record("cpu", options.rounds)
     for name in options.models.split(","):
         with torch.no_grad():
-            record["rows"] = bench(name, options.methods.split(","), options.ways.split(","), options.rounds)
-        path = options.out / f"overhead-{name}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"\nwritten: {path}")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+            made["rows"] = bench(name, options.methods.split(","), options.ways.split(","), options.rounds)
+        write(made, options.out, f"overhead-{name}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Two runs of a benchmark, row by row: what became slower.
+
+    python bench/compare.py before.json after.json [--threshold 1.1]
+
+Compares what is comparable between machines (ratios to a row of the same run), and seconds only where a row has
+nothing else. Exits with 1 where a row is worse by more than the threshold, or is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = ("model", "kernel", "method", "way", "action", "shape", "batch", "part")
+FIGURES = {"ratio": 1, "over_compiled": 1, "efficiency": -1, "seconds": 1}  # 1: less is better; the first that is there
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    """What row it is."""
+    return tuple(str(row[name]) for name in NAMES if name in row)
+
+
+def figure(row: dict[str, Any]) -> tuple[str, float]:
+    """The figure of a row, so that less is better."""
+    for name, sign in FIGURES.items():
+        if name in row:
+            return name, row[name] if sign > 0 else 1 / row[name]
+    raise SystemExit(f"{' '.join(key(row))}: none of {', '.join(FIGURES)} is there. Is this a record of bench/?")
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> tuple[list[str], bool]:
+    """A line a row, and whether all is well."""
+    old, new = ({key(row): row for row in made["rows"]} for made in (before, after))
+    lines, well = [], True
+    for name, row in old.items():
+        label = ", ".join(name)
+        if name not in new:
+            lines.append(f"{label:<80} {'':>10} gone")
+            well = False
+            continue
+        (kind, was), (_, now) = figure(row), figure(new[name])
+        ratio = now / was if was else float("inf")
+        worse = not ratio <= threshold  # a NaN is worse
+        well = well and not worse
+        lines.append(f"{label:<80} {kind:>14} {was:>10.4f} {now:>10.4f} {ratio:>8.3f}{'  WORSE' if worse else ''}")
+    lines += [f"{', '.join(name):<80} {'':>10} new" for name in new if name not in old]
+    return lines, well
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--threshold", type=float, default=1.1, help="how much worse a row may become")
+    options = parser.parse_args()
+    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (options.before, options.after))
+    for made, path in ((before, options.before), (after, options.after)):
+        device = made.get("device", made["processor"])
+        print(f"{path}: {made['date']}, commit {made['commit']}, torch {made['torch']}, {device}")
+    lines, well = compare(before, after, options.threshold)
+    print("\n".join(lines))
+    sys.exit(0 if well else 1)
+
+
+if __name__ == "__main__":
+    main()

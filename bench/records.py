@@ -1,0 +1,49 @@
+"""What every benchmark writes beside its rows: when, of which commit, on what."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def record(device: torch.device | str, rounds: int) -> dict[str, Any]:
+    """An empty record of a run on a device."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    made: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "rows": [],
+    }
+    if torch.device(device).type == "cuda":
+        import triton
+
+        made |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return made
+
+
+def write(made: dict[str, Any], folder: Path, name: str) -> Path:
+    """Keep a record as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+    return path
+
+
+def processor() -> str:
+    """What the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
