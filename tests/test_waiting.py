@@ -1,5 +1,6 @@
 """What a probe leaves for later is computed when it is needed, once, and not at all when it is not."""
 
+import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -93,6 +94,77 @@ def test_a_result_waits_if_and_only_if_the_rest_does_without_it(program):
     with torch.no_grad():
         _, results = compiled(program)(X, Y)
     assert [isinstance(value, Waiting) for value in results] == [i % size not in there for i in late]
+
+
+@torch.library.custom_op("cachekit_tests::halve", mutates_args={"x"})
+def halve(x: torch.Tensor) -> torch.Tensor:
+    x.mul_(0.5)
+    return x.clone()
+
+
+halve.register_fake(lambda x: torch.empty_like(x))
+
+WRITES = {
+    "inplace=True": lambda x, h: torch.nn.functional.relu(x, inplace=True),
+    "positional": lambda x, h: torch.nn.functional.relu(x, True),
+    "module": lambda x, h: torch.nn.SiLU(inplace=True)(x),
+    "aten": lambda x, h: torch.ops.aten.add_.Tensor(x, h),
+    "dunder": lambda x, h: x.__iadd__(h),
+    "out": lambda x, h: torch.add(x, h, out=x),
+    "custom operator": lambda x, h: halve(x),
+    "random": lambda x, h: torch.nn.functional.dropout(x, 0.5, True),
+    "data": lambda x, h: x.data,
+    "numpy": lambda x, h: torch.from_numpy(np.tanh(x.numpy())),
+    "pure": lambda x, h: x * 2,
+}
+
+
+class Double(torch.nn.Module):
+    """A block of two streams, in one half of which something happens to what the other half reads."""
+
+    def __init__(self, write, half):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.write, self.half = write, half
+
+    def forward(self, h, e):
+        x = self.a(h)
+        if self.half == "first stream":
+            e = e + self.b(x.mean(1, keepdim=True))
+            return h + self.c(self.write(x, h)), e
+        e = e + self.b(self.write(x, h).mean(1, keepdim=True))
+        return h + self.c(x), e
+
+
+class Doubles(torch.nn.Module):
+    def __init__(self, write, half):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Double(write, half) for _ in range(3))
+
+    def forward(self, h, e):
+        for block in self.blocks:
+            h, e = block(h, e)
+        return h + e.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("half", ["first stream", "second stream"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.filterwarnings("ignore")  # an out= of another size, NumPy under the compiler
+def test_what_a_block_writes_draws_or_asks_of_others_stays_in_its_order(write, half):
+    torch.manual_seed(0)
+    step = ck.cache(Doubles(WRITES[write], half), ck.first_block_cache(1e9, max_skips=1))
+    h, e = torch.randn(2, 6, 8), torch.randn(2, 5, 8)
+    outs = []
+    for run in (step, step.compile(backend="eager")):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            state, found = run.init(4, h, e), []
+            for _ in range(4):
+                out, state = run(state, h, e)
+                found.append(out)
+        assert ck.summary(state).computed == (True, False, True, False)
+        outs.append(torch.stack(found))
+    torch.testing.assert_close(*outs, atol=1e-6, rtol=1e-5)
 
 
 def matmuls(step, sp, mask):

@@ -14,15 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-
-WRITE = {
-    "setitem",
-    "delitem",
-    *(name for name in dir(operator) if name[0] == "i" and f"__{name[1:]}__" in dir(operator)),
-}
-WORDS = {
-    name for name in dir(operator) if name[-1] == "_" and name[0] != "_"
-}  # and_, not_, or_, is_: written so, write nothing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @torch.compiler.allow_in_graph
@@ -50,9 +44,10 @@ def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
 
     def backend(probe: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         results, late = _results(probe), _late(probe)
-        if not late:
+        rest = _rest(probe, late) if late else None
+        if rest is None:
             return compile_graph(probe, inputs)
-        rest = _split(probe, late)
+        _cut(probe, late)
         run = compile_graph(probe, inputs)
 
         def cut(*values: Any) -> list[Any]:
@@ -67,27 +62,41 @@ def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _late(probe: fx.GraphModule) -> list[fx.Node]:
-    """Results that may wait and take work of their own; none where that work cannot be moved."""
+    """Results that may wait and take work of their own; none where that work cannot be moved to the end."""
     marked = [node for node in _results(probe) if node.target is may_wait]
     needed = _ancestors(node for node in _results(probe) if node not in marked)
     late = [node for node in marked if node.all_input_nodes[0] not in needed]
-    own, given = _sides(probe, late)
-    if torch.is_grad_enabled() or any(node.op == "get_attr" for node in own):  # a graph within the graph
+    if not late or torch.is_grad_enabled():
         return []
+    own, given = _sides(probe, late)
     if not all(isinstance(_example(node), Tensor) for node in given):  # a size that is not known beforehand
         return []
-    after = itertools.dropwhile(lambda node: node not in own, probe.graph.nodes)
-    return late if all(map(_pure, after)) else []
+    after = list(itertools.dropwhile(lambda node: node not in own, probe.graph.nodes))
+    if any(not node.users and _example(node) is None for node in after if node.op != "output"):
+        return []  # it switches something on or off, autocast for instance
+    touching = _touching(probe)
+    return late if touching is not None and touching.isdisjoint(after) else []
 
 
-def _split(probe: fx.GraphModule, late: list[fx.Node]) -> fx.GraphModule:
-    """Take what the late results alone need out of a graph, which returns what they are computed from instead."""
+def _rest(probe: fx.GraphModule, late: list[fx.Node]) -> fx.GraphModule | None:
+    """What the late results alone need, as operators that every compiler can trace; None if they cannot be had."""
     own, given = _sides(probe, late)
     graph = fx.Graph()
     copies = {node: graph.placeholder(f"given_{n}") for n, node in enumerate(given)}
     for node in own:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in late))
+    try:
+        with FakeTensorMode():
+            made = make_fx(fx.GraphModule(probe, graph))(*map(_stand_in, given))
+        return fx.GraphModule(made, made.graph)  # not a lazy one, which Dynamo does not trace
+    except Exception:  # of whatever the late half does that no tracer follows: then it does not wait
+        return None
+
+
+def _cut(probe: fx.GraphModule, late: list[fx.Node]) -> None:
+    """Take what the late results alone need out of a graph, which returns what they are computed from instead."""
+    own, given = _sides(probe, late)
     (output,) = probe.graph.find_nodes(op="output")
     output.args = ((*(node for node in _results(probe) if node not in late), *given),)
     gone = set(own)
@@ -98,7 +107,54 @@ def _split(probe: fx.GraphModule, late: list[fx.Node]) -> fx.GraphModule:
         if node in gone:
             probe.graph.erase_node(node)
     probe.recompile()
-    return fx.GraphModule({}, graph)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees operators that write to a tensor or draw random numbers, whatever they are called under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen |= func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _Trial(fx.Interpreter):
+    """Runs a graph node by node, and keeps those whose place in the order matters."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.touching: set[fx.Node] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        with _Watch() as watch:
+            result = super().run_node(n)
+        if watch.seen:
+            self.touching.add(n)
+        return result
+
+
+def _touching(probe: fx.GraphModule) -> set[fx.Node] | None:
+    """The nodes that write to a tensor or draw random numbers; None where that cannot be told."""
+    trial = _Trial(probe)
+    try:
+        with FakeTensorMode():
+            trial.run(*map(_stand_in, probe.graph.find_nodes(op="placeholder")))
+    except Exception:  # of whatever the graph holds that does not run on tensors without values
+        return None
+    return trial.touching
+
+
+def _stand_in(node: fx.Node) -> Any:
+    """A tensor without values like the one of a node, where its sizes are known."""
+    like = _example(node)
+    if not isinstance(like, Tensor):
+        return like
+    if not all(isinstance(n, int) for n in (*like.shape, *like.stride())):
+        raise TypeError("a size that is not known beforehand")
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
 def _sides(probe: fx.GraphModule, late: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -127,16 +183,6 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
             found.add(node)
             open_ += node.all_input_nodes
     return found
-
-
-def _pure(node: fx.Node) -> bool:
-    """Whether a node only computes its result: it writes to nothing, and switches nothing on or off."""
-    if node.op in ("placeholder", "output", "get_attr"):
-        return True
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    if name in WRITE or "out" in node.kwargs or (name.endswith("_") and name not in WORDS and name[-2] != "_"):
-        return False
-    return bool(node.users) or _example(node) is not None
 
 
 def _example(node: fx.Node) -> Any:
