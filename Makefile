@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-gpu clean
+.PHONY: setup demo test lint bench clean
 
 setup: $(STAMP)
 
@@ -29,9 +29,6 @@ lint: setup            ## format, lint, types
 
 bench: setup           ## what a cached step costs on this machine; writes bench/results/
 	$(BIN)/python bench/overhead.py
-
-bench-gpu: setup       ## the kernels and whole models, where there is a GPU; writes bench/results/
-	$(BIN)/python bench/gpu.py all
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .hypothesis
