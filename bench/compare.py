@@ -2,8 +2,8 @@
 
     python bench/compare.py before.json after.json [--threshold 1.1]
 
-Compares what is comparable between machines (ratios to a row of the same run), and seconds only where a row has
-nothing else. Exits with 1 where a row is worse by more than the threshold, or is gone.
+Compares what is comparable between machines: ratios to a row of the same run. Exits with 1 where a row is worse by more
+than the threshold, or is gone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("model", "kernel", "method", "way", "action", "shape", "batch", "part")
-FIGURES = {"ratio": 1, "over_compiled": 1, "efficiency": -1, "seconds": 1}  # 1: less is better; the first that is there
+NAMES = ("model", "kernel", "method", "way", "action", "shape", "batch")
+FIGURES = ("ratio", "over_compiled")  # less is better; the one that is there
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -24,10 +24,10 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def figure(row: dict[str, Any]) -> tuple[str, float]:
-    """The figure of a row, so that less is better."""
-    for name, sign in FIGURES.items():
+    """The figure of a row, with its name."""
+    for name in FIGURES:
         if name in row:
-            return name, row[name] if sign > 0 else 1 / row[name]
+            return name, row[name]
     raise SystemExit(f"{' '.join(key(row))}: none of {', '.join(FIGURES)} is there. Is this a record of bench/?")
 
 

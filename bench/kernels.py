@@ -11,6 +11,7 @@ reference's in the same round. A result that does not match the reference is not
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -34,52 +35,41 @@ SHAPES = {
 class Case(NamedTuple):
     """A kernel at work."""
 
-    name: str
-    ours: Callable[..., Any]
-    plain: Callable[..., Any]
+    name: str  # of the function, and after it the order
     arguments: Callable[..., tuple]  # from a source of tensors, and two numbers on the device
     tensors: int  # how many tensors of the value's dtype it must read or write
 
+    @property
+    def ours(self) -> Callable[..., Any]:
+        """The kernel."""
+        return getattr(kernels, self.name.partition(" ")[0])
 
-Draw = Callable[..., torch.Tensor]
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """Its reference."""
+        return getattr(reference, self.name.partition(" ")[0])
 
 
-def several(count: int, draw: Draw) -> list[torch.Tensor]:
+def several(count: int, draw: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
     return [draw() for _ in range(count)]
 
 
+def polynomials(order: int) -> tuple[Case, Case]:
+    return (
+        Case(f"taylor_update {order}", lambda d, w: (several(order + 1, d), d(), w[0]), 2 * order + 2),
+        Case(f"taylor_predict {order}", lambda d, w: (several(order + 1, d), w[0]), order + 2),
+    )
+
+
 CASES = (
-    Case("residual_norm", kernels.residual_norm, reference.residual_norm, lambda d, _: (d(), d(), d()), 4),
-    Case("residual_change", kernels.residual_change, reference.residual_change, lambda d, _: (d(), d()), 2),
-    Case("norm_ratio", kernels.norm_ratio, reference.norm_ratio, lambda d, _: (d(), d()), 2),
-    *(
-        case
-        for order in (1, 2)
-        for case in (
-            Case(
-                f"taylor_update {order}",
-                kernels.taylor_update,
-                reference.taylor_update,
-                lambda d, w, order=order: (several(order + 1, d), d(), w[0]),
-                2 * order + 2,
-            ),
-            Case(
-                f"taylor_predict {order}",
-                kernels.taylor_predict,
-                reference.taylor_predict,
-                lambda d, w, order=order: (several(order + 1, d), w[0]),
-                order + 2,
-            ),
-        )
-    ),
-    Case("apply_residual", kernels.apply_residual, reference.apply_residual, lambda d, _: ([d()], [d()]), 3),
-    Case(
-        "guidance_delta",
-        kernels.guidance_delta,
-        reference.guidance_delta,
-        lambda d, w: (d(), d(torch.float32), d(torch.float32), w),
-        3 + 4,  # two of float32 weigh as four of bfloat16
-    ),
+    Case("residual_norm", lambda d, _: (d(), d(), d()), 4),
+    Case("residual_change", lambda d, _: (d(), d()), 2),
+    Case("norm_ratio", lambda d, _: (d(), d()), 2),
+    *polynomials(1),
+    *polynomials(2),
+    Case("apply_residual", lambda d, _: ([d()], [d()]), 3),
+    # Two tensors of float32 weigh as four of bfloat16.
+    Case("guidance_delta", lambda d, w: (d(), d(torch.float32), d(torch.float32), w), 3 + 4),
 )
 
 
@@ -94,7 +84,7 @@ def check(case: Case, arguments: tuple) -> None:
             raise SystemExit(f"{case.name}: the result is wrong, so it is not timed. {error}") from error
 
 
-def measure(calls: list[Callable[[int], Any]], rounds: int, device: torch.device) -> list[list[float]]:
+def measure(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
     """Seconds of every call, in turn, each behind a flush of the cache."""
     flush = torch.empty(256 * 2**20 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
     samples: list[list[float]] = [[] for _ in calls]
@@ -104,13 +94,13 @@ def measure(calls: list[Callable[[int], Any]], rounds: int, device: torch.device
             if device.type == "cuda":
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                call(n)
+                call()
                 end.record()
                 end.synchronize()
                 seconds = start.elapsed_time(end) / 1e3
             else:
                 begun = time.perf_counter()
-                call(n)
+                call()
                 seconds = time.perf_counter() - begun
             if n >= 3:
                 found.append(seconds)
@@ -134,12 +124,8 @@ def rows(shapes: list[str], batches: list[int], rounds: int, device: torch.devic
                 compiled = torch.compile(case.plain, fullgraph=True)
                 with torch.no_grad():
                     check(case, arguments)
-                    calls = [
-                        lambda n, case=case, arguments=arguments: case.plain(*arguments),
-                        lambda n, compiled=compiled, arguments=arguments: compiled(*arguments),
-                        lambda n, case=case, arguments=arguments: case.ours(*arguments),
-                        lambda n, source=source, target=target: target.copy_(source),
-                    ]
+                    calls = [functools.partial(each, *arguments) for each in (case.plain, compiled, case.ours)]
+                    calls.append(functools.partial(target.copy_, source))
                     eager, fused, ours, copy = measure(calls, rounds, device)
                 number = source.numel() * source.element_size()
                 bandwidth = 2 * number / statistics.median(copy)

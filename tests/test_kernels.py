@@ -5,7 +5,7 @@ import math
 import cachekit_kernels as kernels
 import pytest
 import torch
-from cachekit_kernels import _polynomial, _residual, reference
+from cachekit_kernels import _operator, _polynomial, _residual, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,7 +92,7 @@ def test_a_nan_is_one_in_the_sums_it_belongs_to(place):
 @pytest.mark.parametrize("order", range(_polynomial.MOST + 2))
 @pytest.mark.parametrize("dtypes", [*((kind, kind) for kind in DTYPES), (torch.bfloat16, torch.float32)])
 def test_polynomials(dtypes, order, strided):
-    for shape in [(), (0,), (3, 113), (_polynomial.BLOCK - 1,), (_polynomial.BLOCK,), (2, _polynomial.BLOCK + 1)]:
+    for shape in [(), (0,), (3, 113), (_operator.ELEMENTS - 1,), (_operator.ELEMENTS,), (2, _operator.ELEMENTS + 1)]:
         value, *factors = several(order + 2, shape, dtypes[0], strided)
         factors = [factor.to(dtypes[1]) for factor in factors]
         offsets = torch.tensor([2.0, 3.0, 0.0, 4.0, 5.0], device=DEVICE)[: max(order, 1)]

@@ -191,7 +191,7 @@ def test_the_text_half_of_the_probe_is_computed_where_the_rest_is(name, monkeypa
     sp, policy = specimen(name), ck.first_block_cache(1e9)
     with torch.no_grad():
         probe, compute, reuse = matmuls(ck.cache(sp.model, policy), sp, (True, False))
-        monkeypatch.setattr(waiting, "_late", lambda probe: [])
+        monkeypatch.setattr(waiting, "_movable", lambda probe, own: False)
         whole_probe, rest, same = matmuls(ck.cache(sp.model, policy), sp, (True, False))
     # What attention returns for the text, and its feed-forward network of two layers.
     assert (probe, compute, reuse) == (whole_probe - 3, rest + 3, same)

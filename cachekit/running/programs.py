@@ -43,7 +43,7 @@ class Programs:
             # torch.compile takes the filter out of the options that it is given.
             arguments = {**self._arguments, "options": {**self._arguments["options"]}}
             if function is _probe:
-                arguments = _cut(arguments)
+                arguments = _cutting(arguments)
             self._compiled[action] = torch.compile(_fresh(function), **arguments)
         return self._compiled[action]
 
@@ -166,7 +166,7 @@ def _lean(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "options": {**options, "guard_filter_fn": needed}}
 
 
-def _cut(arguments: dict[str, Any]) -> dict[str, Any]:
+def _cutting(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments for torch.compile by which the same backend compiles a probe without what may wait."""
     arguments, options = dict(arguments), dict(arguments["options"])
     filtering = {"guard_filter_fn": options.pop("guard_filter_fn")}

@@ -43,63 +43,82 @@ def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
     """A backend that compiles a probe without what may wait: in place of that it returns a `Waiting`."""
 
     def backend(probe: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        results, late = _results(probe), _late(probe)
-        rest = _rest(probe, late) if late else None
+        results, sides = _results(probe), _sides(probe)
+        try:
+            rest = _rest(probe, sides) if _movable(probe, sides.own) else None
+        except Exception:  # of whatever does not run, or trace, on tensors without values: it stays where it is
+            rest = None
         if rest is None:
             return compile_graph(probe, inputs)
-        _cut(probe, late)
+        _cut(probe, sides)
         run = compile_graph(probe, inputs)
+        places = [sides.late.index(node) if node in sides.late else None for node in results]
 
         def cut(*values: Any) -> list[Any]:
             found = iter(run(*values))
-            kept = {node: next(found) for node in results if node not in late}
+            kept = [next(found) if place is None else None for place in places]
             given = tuple(found)
-            return [kept[node] if node in kept else Waiting(rest, given, late.index(node)) for node in results]
+            return [
+                value if place is None else Waiting(rest, given, place)
+                for value, place in zip(kept, places, strict=True)
+            ]
 
         return cut
 
     return backend
 
 
-def _late(probe: fx.GraphModule) -> list[fx.Node]:
-    """Results that may wait and take work of their own; none where that work cannot be moved to the end."""
-    marked = [node for node in _results(probe) if node.target is may_wait]
-    needed = _ancestors(node for node in _results(probe) if node not in marked)
-    late = [node for node in marked if node.all_input_nodes[0] not in needed]
-    if not late or torch.is_grad_enabled():
-        return []
-    own, given = _sides(probe, late)
-    if not all(isinstance(_example(node), Tensor) for node in given):  # a size that is not known beforehand
-        return []
+class _Sides(NamedTuple):
+    """Where a probe can be cut; all in the order of its graph."""
+
+    late: list[fx.Node]  # results that may wait and take work of their own
+    own: list[fx.Node]  # what only they need
+    given: list[fx.Node]  # what that is computed from
+
+
+def _sides(probe: fx.GraphModule) -> _Sides:
+    results = _results(probe)
+    needed = _ancestors(node for node in results if node.target is not may_wait)
+    late = [node for node in results if node.target is may_wait and node.all_input_nodes[0] not in needed]
+    wanted = _ancestors(late)
+    # A piece of what is there costs nothing, and a tuple cannot be handed on.
+    needed |= {node for node in wanted if node.target is operator.getitem and node.all_input_nodes[0] in needed}
+    needed |= _ancestors(node for node in results if node not in late)  # a mark on what is there already, too
+    own = [node for node in probe.graph.nodes if node in wanted and node not in needed and node.op != "placeholder"]
+    read = {value for node in own for value in node.all_input_nodes}.difference(own)
+    return _Sides(late, own, [node for node in probe.graph.nodes if node in read])
+
+
+def _movable(probe: fx.GraphModule, own: list[fx.Node]) -> bool:
+    """Whether it makes no difference if these nodes run after all others."""
+    if not own or torch.is_grad_enabled():
+        return False
     after = list(itertools.dropwhile(lambda node: node not in own, probe.graph.nodes))
     if any(not node.users and _example(node) is None for node in after if node.op != "output"):
-        return []  # it switches something on or off, autocast for instance
-    touching = _touching(probe)
-    return late if touching is not None and touching.isdisjoint(after) else []
+        return False  # it switches something on or off, autocast for instance
+    trial = _Trial(probe)
+    with FakeTensorMode():
+        trial.run(*map(_stand_in, probe.graph.find_nodes(op="placeholder")))
+    return trial.touching.isdisjoint(after)
 
 
-def _rest(probe: fx.GraphModule, late: list[fx.Node]) -> fx.GraphModule | None:
-    """What the late results alone need, as operators that every compiler can trace; None if they cannot be had."""
-    own, given = _sides(probe, late)
+def _rest(probe: fx.GraphModule, sides: _Sides) -> fx.GraphModule:
+    """What the late results alone need, as operators that every compiler can trace."""
     graph = fx.Graph()
-    copies = {node: graph.placeholder(f"given_{n}") for n, node in enumerate(given)}
-    for node in own:
+    copies = {node: graph.placeholder(f"given_{n}") for n, node in enumerate(sides.given)}
+    for node in sides.own:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in late))
-    try:
-        with FakeTensorMode():
-            made = make_fx(fx.GraphModule(probe, graph))(*map(_stand_in, given))
-        return fx.GraphModule(made, made.graph)  # not a lazy one, which Dynamo does not trace
-    except Exception:  # of whatever the late half does that no tracer follows: then it does not wait
-        return None
+    graph.output(tuple(copies[node] for node in sides.late))
+    with FakeTensorMode():
+        made = make_fx(fx.GraphModule(probe, graph))(*map(_stand_in, sides.given))
+    return fx.GraphModule(made, made.graph)  # not a lazy one, which Dynamo does not trace
 
 
-def _cut(probe: fx.GraphModule, late: list[fx.Node]) -> None:
+def _cut(probe: fx.GraphModule, sides: _Sides) -> None:
     """Take what the late results alone need out of a graph, which returns what they are computed from instead."""
-    own, given = _sides(probe, late)
     (output,) = probe.graph.find_nodes(op="output")
-    output.args = ((*(node for node in _results(probe) if node not in late), *given),)
-    gone = set(own)
+    output.args = ((*(node for node in _results(probe) if node not in sides.late), *sides.given),)
+    gone = set(sides.own)
     for node in probe.graph.nodes:
         if node is not output and gone.intersection(node.all_input_nodes):  # that nobody reads
             gone.add(node)
@@ -136,36 +155,12 @@ class _Trial(fx.Interpreter):
         return result
 
 
-def _touching(probe: fx.GraphModule) -> set[fx.Node] | None:
-    """The nodes that write to a tensor or draw random numbers; None where that cannot be told."""
-    trial = _Trial(probe)
-    try:
-        with FakeTensorMode():
-            trial.run(*map(_stand_in, probe.graph.find_nodes(op="placeholder")))
-    except Exception:  # of whatever the graph holds that does not run on tensors without values
-        return None
-    return trial.touching
-
-
-def _stand_in(node: fx.Node) -> Any:
-    """A tensor without values like the one of a node, where its sizes are known."""
+def _stand_in(node: fx.Node) -> Tensor:
+    """A tensor without values like the one of a node."""
     like = _example(node)
-    if not isinstance(like, Tensor):
-        return like
-    if not all(isinstance(n, int) for n in (*like.shape, *like.stride())):
+    if not isinstance(like, Tensor) or not all(isinstance(n, int) for n in (*like.shape, *like.stride())):
         raise TypeError("a size that is not known beforehand")
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
-
-
-def _sides(probe: fx.GraphModule, late: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes that only late results need, and those that they are computed from, in the order of the graph."""
-    needed = _ancestors(node for node in _results(probe) if node not in late)
-    wanted = _ancestors(late)
-    # A piece of what is there costs nothing, and a tuple cannot be handed on.
-    needed |= {node for node in wanted if node.target is operator.getitem and node.all_input_nodes[0] in needed}
-    own = [node for node in probe.graph.nodes if node in wanted and node not in needed and node.op != "placeholder"]
-    read = {value for node in own for value in node.all_input_nodes}.difference(own)
-    return own, [node for node in probe.graph.nodes if node in read]
 
 
 def _results(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from cachekit_kernels import reference as plain
-from cachekit_kernels._operator import cdiv, jit, launch, operator, rounded, runs_on, same, tl
-
-BLOCK, WARPS = 2048, 8  # as in _polynomial.py
+from cachekit_kernels._operator import (
+    ELEMENTS,
+    WARPS,
+    cdiv,
+    jit,
+    launch,
+    launch_each,
+    loaded,
+    operator,
+    rounded,
+    runs_on,
+    same,
+    tl,
+)
 
 
 def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
@@ -83,8 +94,8 @@ def _apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor
     ]
     for first in range(0, len(streams), 2):
         one, other = streams[first], streams[min(first + 1, len(streams) - 1)]
-        blocks = cdiv(one[2].numel(), BLOCK)
-        more = cdiv(other[2].numel(), BLOCK) if other is not one else 0
+        blocks = cdiv(one[2].numel(), ELEMENTS)
+        more = cdiv(other[2].numel(), ELEMENTS) if other is not one else 0
         launch(
             _apply_kernel,
             (blocks + more,),
@@ -93,7 +104,7 @@ def _apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor
             *other,
             other[2].numel(),
             blocks,
-            BLOCK=BLOCK,
+            BLOCK=ELEMENTS,
             num_warps=WARPS,
         )
     return sums
@@ -123,8 +134,8 @@ def _apply_kernel(
 def _add(base_ptr, residual_ptr, total_ptr, size, block, BLOCK: tl.constexpr):
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = at < size
-    base = tl.load(base_ptr + at, mask=kept, other=0.0).to(tl.float32)
-    residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    base = loaded(base_ptr, at, kept)
+    residual = loaded(residual_ptr, at, kept)
     tl.store(total_ptr + at, rounded(base + residual, total_ptr), mask=kept)
 
 
@@ -135,21 +146,16 @@ def _fake_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_f
 @operator("guidance_delta", _fake_delta)
 def _guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_first: bool) -> Tensor:
     both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
-    size = cond.numel()
-    if size:
-        launch(
-            _delta_kernel,
-            (cdiv(size, BLOCK),),
-            cond.contiguous(),
-            low.contiguous(),
-            high.contiguous(),
-            weights.contiguous(),
-            both,
-            size,
-            COND_FIRST=cond_first,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    launch_each(
+        _delta_kernel,
+        cond.numel(),
+        cond.contiguous(),
+        low.contiguous(),
+        high.contiguous(),
+        weights.contiguous(),
+        both,
+        COND_FIRST=cond_first,
+    )
     return both
 
 
@@ -167,8 +173,8 @@ def _delta_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = at < size
     cond = tl.load(cond_ptr + at, mask=kept, other=0.0)
-    low = tl.load(low_ptr + at, mask=kept, other=0.0).to(tl.float32)
-    high = tl.load(high_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    low = loaded(low_ptr, at, kept)
+    high = loaded(high_ptr, at, kept)
     uncond = cond.to(tl.float32) + tl.load(weights_ptr) * low + tl.load(weights_ptr + 1) * high
     half = size + tl.zeros((), tl.int64)
     tl.store(both_ptr + at + (half if COND_FIRST else 0), rounded(uncond, both_ptr), mask=kept)

@@ -17,6 +17,10 @@ except ImportError:  # not on this platform: the references run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+ELEMENTS, WARPS = 2048, 8
+"""Of a program that looks at each element by itself. A heuristic: 8 elements a thread are one load of 16 bytes of
+bfloat16, two of float32, from every tensor."""
+
 INTERPRETED = knobs is not None and knobs.runtime.interpret
 """Whether kernels run on the CPU, as Python. Triton decides at import, from TRITON_INTERPRET."""
 
@@ -60,6 +64,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     run[grid](*args, **constants)
 
 
+def launch_each(kernel: Any, size: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel over as many elements, a block of them a program; its last plain argument is their number."""
+    if size:
+        launch(kernel, (cdiv(size, ELEMENTS),), *args, size, **constants, BLOCK=ELEMENTS, num_warps=WARPS)
+
+
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, where there is Triton."""
     return kernel if triton is None else triton.jit(kernel)
@@ -79,6 +89,12 @@ def same(name: str, **tensors: Tensor) -> None:
                 f"{name}: `{other}` is {list(tensor.shape)} on {tensor.device}, `{first}` is {list(expected.shape)} on "
                 f"{expected.device}. Give tensors of one shape on one device."
             )
+
+
+@jit
+def loaded(pointer, at, kept):
+    """As float32, and 0 where there is nothing."""
+    return tl.load(pointer + at, mask=kept, other=0.0).to(tl.float32)
 
 
 @jit

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from cachekit_kernels import reference as plain
-from cachekit_kernels._operator import cdiv, jit, launch, operator, rounded, runs_on, same, tl
+from cachekit_kernels._operator import DTYPES, jit, launch_each, loaded, operator, rounded, runs_on, same, tl
 
 MOST = 3  # highest order with a kernel: a kernel has as many arguments as tensors
-BLOCK, WARPS = 2048, 8  # 8 elements a thread: one load of 16 bytes of bfloat16, two of float32, from every tensor
 
 
 def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor, *, donate: bool = False) -> list[Tensor]:
@@ -98,8 +97,7 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
 
 def _fits(factors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
     same("predict", **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
-    known = dtype is None or dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and runs_on(*factors) and len(factors) <= MOST + 1
+    return dtype in (None, *DTYPES) and runs_on(*factors) and len(factors) <= MOST + 1
 
 
 def _fake_differences(factors: list[Tensor], value: Tensor, spacing: Tensor) -> list[Tensor]:
@@ -123,21 +121,16 @@ def _differences_(factors: list[Tensor], value: Tensor, spacing: Tensor) -> None
 
 
 def _update(factors: list[Tensor], made: list[Tensor], value: Tensor, spacing: Tensor) -> None:
-    size, order = value.numel(), len(factors) - 1
-    if size:
-        launch(
-            _update_kernel,
-            (cdiv(size, BLOCK),),
-            value.contiguous(),
-            *_padded(factors),
-            *_padded(made),
-            spacing.contiguous(),
-            size,
-            ORDER=order,
-            STRIDE=spacing.ndim,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    launch_each(
+        _update_kernel,
+        value.numel(),
+        value.contiguous(),
+        *_padded(factors),
+        *_padded(made),
+        spacing.contiguous(),
+        ORDER=len(factors) - 1,
+        STRIDE=spacing.ndim,
+    )
 
 
 def _padded(tensors: list[Tensor]) -> list[Tensor]:
@@ -165,13 +158,13 @@ def _update_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = at < size
     # Everything is read before anything is written: a and b may be the same memory.
-    factor = tl.load(value_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    factor = loaded(value_ptr, at, kept)
     if ORDER >= 1:
-        a0 = tl.load(a0_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        a0 = loaded(a0_ptr, at, kept)
     if ORDER >= 2:
-        a1 = tl.load(a1_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        a1 = loaded(a1_ptr, at, kept)
     if ORDER >= 3:
-        a2 = tl.load(a2_ptr + at, mask=kept, other=0.0).to(tl.float32)
+        a2 = loaded(a2_ptr, at, kept)
     tl.store(b0_ptr + at, rounded(factor, b0_ptr), mask=kept)
     if ORDER >= 1:
         factor = _difference(factor, a0, tl.load(spacing_ptr))
@@ -197,21 +190,16 @@ def _fake_polynomial(factors: list[Tensor], offsets: Tensor, dtype: torch.dtype,
 @operator("polynomial", _fake_polynomial)
 def _polynomial(factors: list[Tensor], offsets: Tensor, dtype: torch.dtype, factorial: bool) -> Tensor:
     total = torch.empty_like(factors[0], dtype=dtype, memory_format=torch.contiguous_format)
-    size = total.numel()
-    if size:
-        launch(
-            _predict_kernel,
-            (cdiv(size, BLOCK),),
-            *_padded([factor.contiguous() for factor in factors]),
-            total,
-            offsets.contiguous(),
-            size,
-            ORDER=len(factors) - 1,
-            STRIDE=offsets.ndim,
-            FACTORIAL=factorial,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+    launch_each(
+        _predict_kernel,
+        total.numel(),
+        *_padded([factor.contiguous() for factor in factors]),
+        total,
+        offsets.contiguous(),
+        ORDER=len(factors) - 1,
+        STRIDE=offsets.ndim,
+        FACTORIAL=factorial,
+    )
     return total
 
 
@@ -231,14 +219,14 @@ def _predict_kernel(
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = at < size
-    total = tl.load(a0_ptr + at, mask=kept, other=0.0).to(tl.float32)
+    total = loaded(a0_ptr, at, kept)
     if ORDER >= 1:
         power = tl.load(offset_ptr).to(tl.float32)
-        total += tl.load(a1_ptr + at, mask=kept, other=0.0).to(tl.float32) * power
+        total += loaded(a1_ptr, at, kept) * power
     if ORDER >= 2:
         power = power * tl.load(offset_ptr + STRIDE) / (2.0 if FACTORIAL else 1.0)
-        total += tl.load(a2_ptr + at, mask=kept, other=0.0).to(tl.float32) * power
+        total += loaded(a2_ptr, at, kept) * power
     if ORDER >= 3:
         power = power * tl.load(offset_ptr + 2 * STRIDE) / (3.0 if FACTORIAL else 1.0)
-        total += tl.load(a3_ptr + at, mask=kept, other=0.0).to(tl.float32) * power
+        total += loaded(a3_ptr, at, kept) * power
     tl.store(total_ptr + at, rounded(total, total_ptr), mask=kept)

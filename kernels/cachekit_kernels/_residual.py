@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cachekit_kernels import reference as plain
-from cachekit_kernels._operator import cdiv, jit, launch, operator, rounded, runs_on, same, tl
+from cachekit_kernels._operator import cdiv, jit, launch, loaded, operator, rounded, runs_on, same, tl
 
 # A heuristic, not a search. 4096 elements over 8 warps are 16 a thread: two loads of 16 bytes of bfloat16, four of
 # float32, for every input, which is enough in flight to reach the bandwidth of memory. So many programs that every
@@ -44,9 +46,8 @@ def residual_norm(
     same("residual_norm", output=output, base=base, reference=reference)
     if not runs_on(output, base, reference) or output.dtype != base.dtype:
         return plain.residual_norm(output, base, reference, rows=rows)
-    residual, sums = _residual_norm(output, base, reference, rows and output.ndim > 0)
-    shape = output.shape[:1] if rows else ()
-    return residual, sums[0].reshape(shape), sums[1].reshape(shape)
+    residual, sums = _residual_norm(output, base, reference, rows)
+    return residual, *_both(sums, output, rows)
 
 
 def residual_change(residual: Tensor, reference: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
@@ -54,9 +55,7 @@ def residual_change(residual: Tensor, reference: Tensor, *, rows: bool = False) 
     same("residual_change", residual=residual, reference=reference)
     if not runs_on(residual, reference):
         return plain.residual_change(residual, reference, rows=rows)
-    sums = _residual_change(residual, reference, rows and residual.ndim > 0)
-    shape = residual.shape[:1] if rows else ()
-    return sums[0].reshape(shape), sums[1].reshape(shape)
+    return _both(_residual_change(residual, reference, rows), residual, rows)
 
 
 def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
@@ -73,7 +72,12 @@ def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
 
 
 def _row_count(tensor: Tensor, rows: bool) -> int:
-    return tensor.shape[0] if rows else 1
+    return tensor.shape[0] if rows and tensor.ndim else 1
+
+
+def _both(sums: Tensor, tensor: Tensor, rows: bool) -> tuple[Tensor, Tensor]:
+    change, size = sums.reshape(2, *(tensor.shape[:1] if rows else ()))
+    return change, size
 
 
 def _fake_sums(residual: Tensor, reference: Tensor, rows: bool) -> Tensor:
@@ -145,14 +149,14 @@ def _sums_kernel(
         kept = inside < size
         at = start + inside
         if SUBTRACT:
-            output = tl.load(output_ptr + at, mask=kept, other=0.0).to(tl.float32)
-            base = tl.load(base_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            output = loaded(output_ptr, at, kept)
+            base = loaded(base_ptr, at, kept)
             stored = rounded(output - base, residual_ptr)
             tl.store(residual_ptr + at, stored, mask=kept)
             residual = stored.to(tl.float32)  # as it is kept, so that it does not matter when it is looked at
         else:
-            residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
-        reference = tl.load(reference_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            residual = loaded(residual_ptr, at, kept)
+        reference = loaded(reference_ptr, at, kept)
         change += tl.abs(residual - reference)
         total += tl.abs(reference)
     to = row * programs + program
@@ -167,11 +171,9 @@ def _fake_ratio(residual: Tensor, reference: Tensor) -> Tensor:
 @operator("norm_ratio", _fake_ratio)
 def _norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
     width = residual.shape[-1]
-    tokens = residual.numel() // width if width else 0
-    if tokens == 0:  # without channels every norm is zero, and every token counts as 1
-        return residual.new_full(
-            (), float(residual[..., :0].sum(-1).numel()) if width == 0 else 0.0, dtype=torch.float32
-        )
+    tokens = math.prod(residual.shape[:-1])
+    if not residual.numel():  # without channels every norm is zero, and every token counts as 1
+        return residual.new_full((), tokens, dtype=torch.float32)
     tiles = cdiv(tokens, TOKENS)
     programs = min(tiles, PROGRAMS)
     partial = residual.new_empty((programs,), dtype=torch.float32)
@@ -214,8 +216,8 @@ def _ratio_kernel(
             channel = first + tl.arange(0, CHANNELS)
             kept = (token < tokens)[:, None] & (channel < width)[None, :]
             at = token[:, None] * width + channel[None, :]
-            residual = tl.load(residual_ptr + at, mask=kept, other=0.0).to(tl.float32)
-            reference = tl.load(reference_ptr + at, mask=kept, other=0.0).to(tl.float32)
+            residual = loaded(residual_ptr, at, kept)
+            reference = loaded(reference_ptr, at, kept)
             norm += residual * residual
             before += reference * reference
         squared = tl.sum(before, 1)
