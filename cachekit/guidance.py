@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cachekit_kernels as kernels
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -138,10 +139,14 @@ class Guidance:
         """The state after a conditional call, which the unconditional one is answered from."""
         return GuidanceState(state.low, state.high, state.weights, cond.detach().clone())
 
+    def answer(self, state: GuidanceState, cond: Tensor, step: Tensor) -> Tensor:
+        """Both halves at a step, the unconditional one from the conditional one, in the order of the batch."""
+        weights = state.weights.index_select(0, step.long().reshape(1)).squeeze(0)
+        return kernels.guidance_delta(cond, state.low, state.high, weights, cond_first=self.cond_first)
+
     def predict(self, state: GuidanceState, cond: Tensor, step: Tensor) -> Tensor:
-        """The unconditional half at a step, float32 or not as `cond` is."""
-        low, high = state.weights.index_select(0, step.long().reshape(1)).squeeze(0).unbind()
-        return (cond.float() + low * state.low + high * state.high).to(cond.dtype)
+        """The unconditional half at a step."""
+        return self.split(self.answer(state, cond, step))[0]
 
     def _low(self, added: Tensor) -> Tensor:
         """The frequencies within a disc around zero, in the plane of every frame."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import cachekit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -15,8 +19,7 @@ def change(value: Tensor, reference: Tensor) -> Sums:
 
     Source: FirstBlockCache in ParaAttention; TeaCache, arXiv 2411.19108, equation 4.
     """
-    value, reference = value.float(), reference.float()
-    return Sums((value - reference).abs().sum(), reference.abs().sum())
+    return Sums(*kernels.residual_change(value, reference))
 
 
 def norm_ratio(value: Tensor, reference: Tensor) -> Sums:
@@ -27,11 +30,22 @@ def norm_ratio(value: Tensor, reference: Tensor) -> Sums:
 
     Source: MagCache, arXiv 2506.09045, equation 3.
     """
-    norm = torch.linalg.vector_norm(value.float(), dim=-1)
-    before = torch.linalg.vector_norm(reference.float(), dim=-1)
-    known = before != 0  # a NaN stays one
-    ratios = torch.where(known, norm / torch.where(known, before, 1.0), 1.0)
-    return Sums(ratios.sum(), torch.ones_like(ratios).sum())
+    tokens = math.prod(value.shape[:-1])
+    return Sums(kernels.norm_ratio(value, reference), torch.full((), tokens, dtype=torch.float32, device=value.device))
+
+
+def of_residual(
+    signal: Callable[[Tensor, Tensor], Sums], output: Tensor, base: Tensor, reference: Tensor
+) -> tuple[Tensor, Sums]:
+    """`output - base`, and what a signal makes of it: in one pass over memory for `change`.
+
+    Shapes [...] alike.
+    """
+    if signal is change:
+        residual, *sums = kernels.residual_norm(output, base, reference)
+        return residual, Sums(*sums)
+    residual = output - base
+    return residual, signal(residual, reference)
 
 
 def numbers(sums: Tensor) -> Sums:

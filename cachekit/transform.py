@@ -21,6 +21,7 @@ from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
 from cachekit.plan import Plan
 from cachekit.policy import Policy
 from cachekit.running import eager, graph
+from cachekit.running.arithmetic import arithmetic
 from cachekit.running.frames import Frame
 from cachekit.running.opening import Opened
 from cachekit.running.programs import Programs
@@ -154,6 +155,8 @@ class CachedStep(nn.Module):
             groups=policy.groups,
             guided=policy.guidance is not None,
         )
+        plain = arithmetic(policy)
+        self.arithmetic = plain if block_options is None else plain.compiled(block_options)
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
@@ -395,7 +398,7 @@ class CachedStep(nn.Module):
             "layout": layout,
             "blocks": self.opened.blocks,
             "forecaster": policy.forecaster,
-            "signal": policy.signal,
+            "arithmetic": self.arithmetic,
             "guidance": policy.guidance,
             "original": self.opened.original,
             "full": False,

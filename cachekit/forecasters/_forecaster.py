@@ -27,6 +27,8 @@ class Forecaster(NamedTuple):
         update: `update(state, value, now) -> state`, after `value` was computed.
         predict: `predict(state, now) -> value`, with the shape and dtype of the values seen.
         timed: whether `now` is looked at. It is a `Clock` then, and None for a forecaster that does not look.
+        overwrite: `update` for a state that was given away: what is as large as the value is written over what the
+            state held. None copies what `update` returns.
 
     Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
     leaf is the batch wherever the value's is.
@@ -47,6 +49,7 @@ class Forecaster(NamedTuple):
     update: Callable[[Any, Tensor, Any], Any]
     predict: Callable[[Any, Any], Tensor]
     timed: bool
+    overwrite: Callable[[Any, Tensor, Any], Any] | None = None
 
 
 def check_order(order: int, dtype: torch.dtype | None) -> None:

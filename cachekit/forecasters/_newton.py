@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import cachekit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -42,24 +44,24 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         differences = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
         return NewtonState(differences=differences, nodes=nodes, filled=nodes.new_zeros(()), like=value.new_empty(0))
 
-    def update(state: NewtonState, value: Tensor, now: Clock) -> NewtonState:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        difference, differences = value.to(wide), []
-        for i, before in enumerate(state.differences):
-            differences.append(difference.to(before.dtype))
-            known = state.filled > i
-            spacing = torch.where(known, now.step - state.nodes[i], 1.0)
-            difference = torch.where(known, (difference - before.to(wide)) / spacing, 0.0)
-        nodes = torch.cat((now.step.to(torch.float32).reshape(1), state.nodes[:-1]))
-        return NewtonState(differences=tuple(differences), nodes=nodes, filled=state.filled + 1, like=state.like)
+    def update(state: NewtonState, value: Tensor, now: Clock, *, donate: bool = False) -> NewtonState:
+        known = state.filled > torch.arange(order, device=value.device)
+        spacings = torch.where(known, now.step - state.nodes[:-1], 0.0)
+        return NewtonState(
+            differences=tuple(kernels.newton_update(state.differences, value, spacings, donate=donate)),
+            nodes=torch.cat((now.step.to(torch.float32).reshape(1), state.nodes[:-1])),
+            filled=state.filled + 1,
+            like=state.like,
+        )
 
     def predict(state: NewtonState, now: Clock) -> Tensor:
-        first = state.differences[0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        total, product = first.to(wide), 1.0
-        for i, difference in enumerate(state.differences[1:]):
-            product = product * (now.step - state.nodes[i]).to(wide)
-            total = total + difference.to(wide) * product
-        return total.to(state.like.dtype)
+        return kernels.newton_predict(state.differences, now.step - state.nodes, dtype=state.like.dtype)
 
-    return Forecaster(name=f"newton {order}", init=init, update=update, predict=predict, timed=True)
+    return Forecaster(
+        name=f"newton {order}",
+        init=init,
+        update=update,
+        predict=predict,
+        timed=True,
+        overwrite=functools.partial(update, donate=True),
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import cachekit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -44,30 +46,25 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         factors = tuple(torch.zeros_like(value, dtype=dtype or value.dtype) for _ in range(order + 1))
         return TaylorState(factors=factors, last=zero, filled=zero.clone(), like=value.new_empty(0))
 
-    def update(state: TaylorState, value: Tensor, now: Clock) -> TaylorState:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        spacing = now.step - state.last
-        factor, factors = value.to(wide), []
-        for i, before in enumerate(state.factors):
-            factors.append(factor.to(before.dtype))
-            # Of i + 1 differences the last needs i + 1 updates before this one; until then it is no derivative.
-            known = state.filled > i
-            factor = torch.where(known, (factor - before.to(wide)) / torch.where(known, spacing, 1.0), 0.0)
+    def update(state: TaylorState, value: Tensor, now: Clock, *, donate: bool = False) -> TaylorState:
+        # Of i + 1 differences the last needs i + 1 updates before this one; until then it is no derivative.
+        known = state.filled > torch.arange(order, device=value.device)
+        spacing = torch.where(known, now.step - state.last, 0.0)
         return TaylorState(
-            factors=tuple(factors),
+            factors=tuple(kernels.taylor_update(state.factors, value, spacing, donate=donate)),
             last=now.step.to(torch.float32, copy=True),
             filled=state.filled + 1,
             like=state.like,
         )
 
     def predict(state: TaylorState, now: Clock) -> Tensor:
-        first = state.factors[0]
-        wide = torch.promote_types(first.dtype, torch.float32)
-        offset = (now.step - state.last).to(wide)
-        total, power = first.to(wide), 1.0
-        for i, factor in enumerate(state.factors[1:], 1):
-            power = power * offset / i
-            total = total + factor.to(wide) * power
-        return total.to(state.like.dtype)
+        return kernels.taylor_predict(state.factors, now.step - state.last, dtype=state.like.dtype)
 
-    return Forecaster(name=f"taylor {order}", init=init, update=update, predict=predict, timed=True)
+    return Forecaster(
+        name=f"taylor {order}",
+        init=init,
+        update=update,
+        predict=predict,
+        timed=True,
+        overwrite=functools.partial(update, donate=True),
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import cachekit_kernels as kernels
 import torch
 from torch import Tensor
 
@@ -50,33 +52,40 @@ def two_point(
     if feedback and not numeric:
         raise ArgumentError(f"`weight` must be a number with feedback=True, got {weight!r}.")
 
-    def factor(now: Clock) -> Any:
-        if callable(weight):
-            return weight(now.step, now.steps)
-        return now.step / (now.steps - 1).clamp(min=1) if weight == "ramp" else weight
+    def factor(now: Clock, skips: Tensor) -> Tensor:
+        if weight == "ramp":
+            return now.step / (now.steps - 1).clamp(min=1)
+        given = weight(now.step, now.steps) if callable(weight) else weight
+        share = given if isinstance(given, Tensor) else torch.full_like(skips, given)
+        if not feedback:
+            return share
+        # Of forecasts that go on from each other each adds `weight` times what the one before added.
+        return torch.where(share == 1, skips, share * (1 - share**skips) / torch.where(share == 1, 1.0, 1 - share))
 
     def forecast(state: TwoPointState, skips: Tensor, now: Clock) -> Tensor:
-        wide = torch.promote_types(state.value.dtype, torch.float32)
-        share = factor(now)
-        if feedback:
-            # Of forecasts that go on from each other each adds `weight` times what the one before added.
-            ratio = torch.full_like(skips, share)
-            share = torch.where(ratio == 1, skips, ratio * (1 - ratio**skips) / torch.where(ratio == 1, 1.0, 1 - ratio))
-        elif isinstance(share, Tensor):
-            share = share.to(wide)
-        return state.value.to(wide) + state.change.to(wide) * share
+        return kernels.taylor_predict((state.value, state.change), factor(now, skips))
 
     def init(value: Tensor) -> TwoPointState:
         zero = torch.zeros((), dtype=torch.float32, device=value.device)
         return TwoPointState(torch.zeros_like(value), torch.zeros_like(value), zero, zero.clone())
 
-    def update(state: TwoPointState, value: Tensor, now: Clock) -> TwoPointState:
+    def update(state: TwoPointState, value: Tensor, now: Clock, *, donate: bool = False) -> TwoPointState:
         before = forecast(state, now.step - state.last - 1, now) if feedback else state.value
-        change = torch.where(state.filled > 0, value - before.to(value.dtype), 0.0).to(value.dtype)
-        return TwoPointState(value, change, now.step.to(torch.float32, copy=True), state.filled + 1)
+        known = torch.where(state.filled > 0, 1.0, 0.0)
+        if donate and feedback:
+            before = state.value.copy_(before)
+        latest, change = kernels.taylor_update((before, state.change), value, known, donate=donate)
+        return TwoPointState(latest, change, now.step.to(torch.float32, copy=True), state.filled + 1)
 
     def predict(state: TwoPointState, now: Clock) -> Tensor:
-        return forecast(state, now.step - state.last, now).to(state.value.dtype)
+        return forecast(state, now.step - state.last, now)
 
     shown = f"{weight:g}" if numeric else weight if isinstance(weight, str) else "of the step"
-    return Forecaster(name=name or f"two-point {shown}", init=init, update=update, predict=predict, timed=True)
+    return Forecaster(
+        name=name or f"two-point {shown}",
+        init=init,
+        update=update,
+        predict=predict,
+        timed=True,
+        overwrite=functools.partial(update, donate=True),
+    )

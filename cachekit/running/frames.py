@@ -93,9 +93,10 @@ def computes(frame: Frame, group: str = ALL) -> bool:
 
 def updated(frame: Frame, values: list[Tensor], states: tuple[Any, ...]) -> tuple[Any, ...]:
     """The states of the forecasters after these values."""
-    update, now = frame["forecaster"].update, frame["now"]
-    pairs = zip(states, values, strict=True)
-    return tuple(update(state, value.detach().contiguous(), now) for state, value in pairs)
+    arithmetic = frame["arithmetic"]
+    # A branch of one graph must not write to what comes from outside.
+    update = arithmetic.overwrite if frame["donate"] and frame["mode"] != GRAPH else arithmetic.update
+    return update(states, [value.detach().contiguous() for value in values], frame["now"])
 
 
 def remember(frame: Frame, name: str, fresh: tuple[Any, ...]) -> None:

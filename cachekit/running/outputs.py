@@ -62,22 +62,23 @@ def guided(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
         def compute():
             uncond = _only(frame["original"](*without[0], **without[1]))
-            return uncond, guidance.update(state, uncond, cond)
+            return guidance.join(uncond, cond), guidance.update(state, uncond, cond)
 
         def reuse():
-            return guidance.predict(state, cond, now.step), state
+            return guidance.answer(state, cond, now.step), state
 
-        uncond, fresh = either(frame["compute"][output.group], compute, reuse)
+        both, fresh = either(frame["compute"][output.group], compute, reuse)
         remember(frame, output.name, (fresh,))
     elif computes(frame, output.group):
         frame["full"] = True
-        uncond, cond = guidance.split(_only(model(*args, **kwargs)))
+        both = _only(model(*args, **kwargs))
+        uncond, cond = guidance.split(both)
         remember(frame, output.name, (guidance.update(state, uncond, cond),))
     else:
         cond = _only(model(*prompted[0], **prompted[1]))
-        uncond = guidance.predict(state, cond, now.step)
+        both = guidance.answer(state, cond, now.step)
     check_like(state.low, cond, output.dtypes[0], output.name)
-    return _assembled(output, [guidance.join(uncond, cond)])
+    return _assembled(output, [both])
 
 
 def unconditional(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -203,8 +204,8 @@ def _tensors_of(frame: Frame, output: Output, out: Any) -> list[Tensor]:
 
 
 def _foreseen(frame: Frame, output: Output) -> list[Tensor]:
-    predict, now, states = frame["forecaster"].predict, frame["now"], frame["sites"][output.name]
-    values = [predict(state, now).to(dtype) for state, dtype in zip(states, output.dtypes, strict=True)]
+    values = frame["arithmetic"].predict(frame["sites"][output.name], frame["now"])
+    values = [value.to(dtype) for value, dtype in zip(values, output.dtypes, strict=True)]
     return [value.clone() for value in values] if output.copied and not frame["forecaster"].timed else values
 
 

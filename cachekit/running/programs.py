@@ -44,7 +44,7 @@ class Programs:
             arguments = {**self._arguments, "options": {**self._arguments["options"]}}
             if function is _probe:
                 arguments = _cutting(arguments)
-            self._compiled[action] = torch.compile(_fresh(function), **arguments)
+            self._compiled[action] = torch.compile(fresh(function), **arguments)
         return self._compiled[action]
 
     def run(
@@ -125,10 +125,10 @@ def _action(step, names, verdicts, sites, carried, now, args, kwargs):
     return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] and frame["sums"] else None
 
 
-def _fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+def fresh(function: Any) -> Callable[..., Any]:
     """The function with a code object of its own: compiled code is kept, and its recompiles counted, by code."""
-    code = function.__code__.replace(co_name=function.__code__.co_name)  # type: ignore[attr-defined]
-    return types.FunctionType(code, function.__globals__, function.__name__)  # type: ignore[attr-defined]
+    code = function.__code__.replace(co_name=function.__code__.co_name)
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 # Of the standard library, torch, and what this package itself keeps and never changes.

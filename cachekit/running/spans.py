@@ -127,15 +127,16 @@ def _front(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     values = _values(span, output)
     if frame["mode"] == REPLAY:
         return output, values
-    residual = (values[span.main] - bases[span.main]).detach().contiguous()
-    check_like(frame["reference"], residual, frame["reference"].dtype, span.paths[0])
-    frame["residual"] = residual
-    sums = tuple(frame["signal"](residual, frame["reference"]))
-    frame["sums"] = sums
+    value, base, reference = values[span.main].detach(), bases[span.main].detach(), frame["reference"]
+    kind = torch.promote_types(value.dtype, base.dtype)  # of their difference
+    if reference.shape != value.shape or reference.dtype != kind or reference.device != value.device:
+        raise misfit(reference, reference.dtype, value, span.paths[0])
+    residual, sums = frame["arithmetic"].measure(value, base, reference)
+    frame["residual"], frame["sums"] = residual.contiguous(), tuple(sums)
     if frame["mode"] == PROBE:
         frame["carried"] = tuple(values)
     elif not frame["compute"]:  # a plan has not decided yet
-        frame["compute"][ALL] = frame["decide"](sums)
+        frame["compute"][ALL] = frame["decide"](frame["sums"])
     return output, values
 
 
@@ -208,17 +209,15 @@ def _check_base(span: Span, stream: Stream, base: Tensor, state: Any) -> None:
 
 
 def _forecast(frame: Frame, span: Span, bases: list[Tensor], states: tuple[Any, ...]) -> list[Tensor]:
-    predict, now, values = frame["forecaster"].predict, frame["now"], []
     for stream, base, state in zip(span.streams, bases, states, strict=True):
         _check_base(span, stream, base, state)
-        values.append((base + predict(state, now)).to(stream.dtype))
-    return values
+    values = frame["arithmetic"].add(bases, states, frame["now"])
+    return [value.to(stream.dtype) for stream, value in zip(span.streams, values, strict=True)]
 
 
 def _observed(frame: Frame, span: Span, residuals: list[Tensor], states: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The signal of a policy that only logs: residual against forecast."""
-    forecast = frame["forecaster"].predict(states[span.main], frame["now"])
-    return tuple(frame["signal"](residuals[span.main], forecast))
+    return tuple(frame["arithmetic"].observe(residuals[span.main], states[span.main], frame["now"]))
 
 
 def _add(sums: Any, more: Any) -> Any:

@@ -2,7 +2,9 @@
 
 Every function here has a reference in plain PyTorch, `cachekit_kernels.reference`, of the same name and arguments. On
 tensors of a GPU it runs as a Triton kernel that is registered as an operator, so a compiled program sees through it;
-everywhere else it *is* the reference, which `torch.compile` fuses itself.
+everywhere else it *is* the reference, which `torch.compile` fuses itself. Inside a graph `residual_norm` alone stays a
+kernel, so that a decision is the same to the bit whichever way a step is run: the others a compiler fuses with what is
+around them.
 
 Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly: for tests.
 """

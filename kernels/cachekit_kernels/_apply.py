@@ -32,7 +32,7 @@ def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list
         residuals: of the same shapes.
 
     Returns:
-        The sums, in the dtypes of the bases.
+        The sums, in the wider dtype of each two.
 
     Raises:
         ValueError: as many bases as residuals are needed, and of their shapes.
@@ -44,7 +44,7 @@ def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list
     """
     for base, residual in zip(bases, residuals, strict=True):
         same("apply_residual", base=base, residual=residual)
-    if not runs_on(*bases, *residuals):
+    if not runs_on(*bases, *residuals, fusible=True):
         return plain.apply_residual(bases, residuals)
     return _apply_residual(list(bases), list(residuals))
 
@@ -75,18 +75,19 @@ def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, 
     Source: FasterCache, arXiv 2410.19355, section 3.3.
     """
     same("guidance_delta", cond=cond, low=low, high=high)
-    if not runs_on(cond, low, high) or not cond.ndim:
+    if not runs_on(cond, low, high, fusible=True) or not cond.ndim:
         return plain.guidance_delta(cond, low, high, weights, cond_first=cond_first)
     return _guidance_delta(cond, low, high, weights, cond_first)
 
 
 def _fake_apply(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+    kinds = [torch.promote_types(base.dtype, residual.dtype) for base, residual in zip(bases, residuals, strict=True)]
+    return [base.new_empty(base.shape, dtype=kind) for base, kind in zip(bases, kinds, strict=True)]
 
 
 @operator("apply_residual", _fake_apply)
 def _apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    sums = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
+    sums = _fake_apply(bases, residuals)
     streams = [
         (base.contiguous(), residual.contiguous(), total)
         for base, residual, total in zip(bases, residuals, sums, strict=True)

@@ -28,9 +28,15 @@ CUTS_OFF = tl and tl.constexpr(INTERPRETED)
 """The interpreter cuts the low bits of a bfloat16 off where a GPU rounds."""
 
 
-def runs_on(*tensors: Tensor) -> bool:
-    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16."""
-    if triton is None:
+def runs_on(*tensors: Tensor, fusible: bool = False) -> bool:
+    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16.
+
+    Args:
+        *tensors: all that is read.
+        fusible: whether the reference is worked out element by element. A compiler fuses it with what comes before and
+            after, which a kernel would keep apart, so inside a graph the reference stands.
+    """
+    if triton is None or (fusible and torch.compiler.is_compiling()):
         return False
     return all(
         tensor.dtype in DTYPES and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))

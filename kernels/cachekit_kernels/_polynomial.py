@@ -46,13 +46,17 @@ def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor, *, 
     """
     same("update", value=value, **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
     alike = all(factor.is_contiguous() and factor.dtype == factors[0].dtype for factor in factors)
-    if not runs_on(value, *factors) or len(factors) > MOST + 1 or not alike:
+    if not runs_on(value, *factors, fusible=True) or len(factors) > MOST + 1 or not alike:
         made = plain.taylor_update(factors, value, spacing)
-        return [old.copy_(new) for old, new in zip(factors, made, strict=True)] if donate else made
-    if donate:
+        if not donate:
+            return made
+        for old, new in zip(factors, made, strict=True):
+            old.copy_(new)
+    elif donate:
         _differences_(list(factors), value, spacing)
-        return list(factors)
-    return _differences(list(factors), value, spacing)
+    else:
+        return _differences(list(factors), value, spacing)
+    return list(factors)
 
 
 def newton_update(
@@ -97,7 +101,7 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
 
 def _fits(factors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
     same("predict", **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
-    return dtype in (None, *DTYPES) and runs_on(*factors) and len(factors) <= MOST + 1
+    return dtype in (None, *DTYPES) and runs_on(*factors, fusible=True) and len(factors) <= MOST + 1
 
 
 def _fake_differences(factors: list[Tensor], value: Tensor, spacing: Tensor) -> list[Tensor]:

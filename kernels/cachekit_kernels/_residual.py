@@ -53,7 +53,7 @@ def residual_norm(
 def residual_change(residual: Tensor, reference: Tensor, *, rows: bool = False) -> tuple[Tensor, Tensor]:
     """The sums of `residual_norm` for a residual that is there already. Shapes [B, ...] alike."""
     same("residual_change", residual=residual, reference=reference)
-    if not runs_on(residual, reference):
+    if not runs_on(residual, reference, fusible=True):
         return plain.residual_change(residual, reference, rows=rows)
     return _both(_residual_change(residual, reference, rows), residual, rows)
 
@@ -66,7 +66,7 @@ def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
     Source: MagCache, arXiv 2506.09045, equation 3.
     """
     same("norm_ratio", residual=residual, reference=reference)
-    if not runs_on(residual, reference) or not residual.ndim:
+    if not runs_on(residual, reference, fusible=True) or not residual.ndim:
         return plain.norm_ratio(residual, reference)
     return _norm_ratio(residual, reference)
 

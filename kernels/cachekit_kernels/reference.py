@@ -69,8 +69,8 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
 
 
 def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """`base + residual` of every stream, in the dtype of the base."""
-    return [(base + residual).to(base.dtype) for base, residual in zip(bases, residuals, strict=True)]
+    """`base + residual` of every stream."""
+    return [base + residual for base, residual in zip(bases, residuals, strict=True)]
 
 
 def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, cond_first: bool = False) -> Tensor:
