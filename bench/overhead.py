@@ -41,7 +41,8 @@ import cachekit as ck
 
 STEPS = 1000  # a row that reaches the end starts again
 TIMES = [950.0] + [500.0] * (STEPS - 1)  # the first outside, the others inside of every range of timesteps
-WAYS = ("hooks", "eager", "regional", "programs", "one graph")  # hooks: those of diffusers, compiled
+WAYS = ("hooks", "eager", "eager fused", "regional", "programs", "one graph")
+"""`hooks`: those of diffusers, compiled. `eager fused`: what the policy computes compiled, the model as it is."""
 MODELS = {
     "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
     "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
@@ -106,6 +107,8 @@ class Ours:
             step = step.compile(regional=True)
         elif way == "programs":
             step = step.compile()
+        elif way == "eager fused":
+            step.arithmetic = step.arithmetic.compiled({"fullgraph": True})
         self.left, self.state = STEPS, step.init(TIMES, **inputs[0])
         self.sites = len(self.state.sites)
         self.run = torch.compile(step, fullgraph=True) if way == "one graph" else step

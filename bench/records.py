@@ -32,12 +32,13 @@ def record(device: torch.device | str, rounds: int) -> dict[str, Any]:
     return made
 
 
-def write(made: dict[str, Any], folder: Path, name: str) -> Path:
-    """Keep a record as JSON."""
+def write(made: dict[str, Any], folder: Path, name: str, *, quiet: bool = False) -> Path:
+    """Keep a record as JSON, and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {path}")
+    if not quiet:
+        print(f"\nwritten: {path}")
     return path
 
 

@@ -24,7 +24,7 @@ from cachekit.running import eager, graph
 from cachekit.running.arithmetic import arithmetic
 from cachekit.running.frames import Frame
 from cachekit.running.opening import Opened
-from cachekit.running.programs import Programs
+from cachekit.running.programs import Programs, captures
 from cachekit.state import State, fresh_log
 from cachekit.structure.chains import Chain
 from cachekit.structure.layout import ALL, Found, Layout, Output
@@ -402,7 +402,7 @@ class CachedStep(nn.Module):
             "guidance": policy.guidance,
             "original": self.opened.original,
             "full": False,
-            "donate": self.donate,
+            "donate": self.donate and not (self._programs is not None and self._programs.replayed),
             "entered": True,
             "observe": policy.signal is not None and not policy.front,
             "sites": sites,
@@ -425,8 +425,13 @@ class CachedStep(nn.Module):
         if not self.policy.forecaster.timed and self.policy.guidance is None:
             return None
         device = pytree.tree_leaves(state.sites)[0].device
+        step = state.step if step is None else step
+        if torch.compiler.is_compiling():
+            now = step.to(device=device, dtype=torch.float32, non_blocking=True)
+        else:  # a copy would wait for the device
+            now = torch.full((), int(step), dtype=torch.float32, device=device)
         return Clock(
-            step=(state.step if step is None else step).to(device=device, dtype=torch.float32),
+            step=now,
             steps=torch.full((), state.timesteps.shape[0], dtype=torch.float32, device=device),
         )
 
@@ -477,9 +482,13 @@ class CachedStep(nn.Module):
         or with another number of steps.
 
         Args:
-            regional: compile every distinct class of block once instead and leave the glue eager: a large model
-                compiles several times faster this way.
-            **torch_compile_kwargs: for torch.compile, e.g. `mode="max-autotune"`. `fullgraph` is on.
+            regional: compile every distinct class of block once instead, and the arithmetic of the policy, and leave
+                the glue eager: a large model compiles several times faster this way.
+            **torch_compile_kwargs: for torch.compile, e.g. `mode="max-autotune"`. `fullgraph` is on. With
+                `mode="reduce-overhead"` every program is a CUDA graph, and what outlives a step is copied out of it.
+
+        Raises:
+            ArgumentError: CUDA graphs with `regional`.
 
         Example:
             >>> import torch, cachekit as ck
@@ -500,6 +509,11 @@ class CachedStep(nn.Module):
             (True, False, True)
         """
         options = {"fullgraph": True, **torch_compile_kwargs}
+        if regional and captures(options):
+            raise ArgumentError(
+                "`regional=True` compiles many small graphs, each of which would be captured, and copied into, alone. "
+                'For CUDA graphs use step.compile(mode="reduce-overhead"); here mode="max-autotune-no-cudagraphs".'
+            )
         programs, block_options = (None, options) if regional else (Programs(options), None)
         made = CachedStep(
             self.opened.original,

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from cachekit.deciders import Moment
 from cachekit.errors import CacheError, StructureError
@@ -31,10 +33,15 @@ if TYPE_CHECKING:
 
 
 class Programs:
-    """The programs of one step."""
+    """The programs of one step.
+
+    Attributes:
+        replayed: whether they are CUDA graphs, which write their results where they wrote those of the last step.
+    """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = _lean(arguments)
+        self.replayed = captures(self._arguments)
         self._compiled: dict[tuple, Callable[..., Any]] = {}
         self._standing: Any = None  # the modules that were compiled
 
@@ -51,7 +58,7 @@ class Programs:
         self, step: CachedStep, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[Any, State]:
         """One step: probe where the policy needs it, decide on the host, then compute or reuse."""
-        self._follow(step)
+        self._begin(step)
         names = tuple(state.sites)
         written = step.layout(names).written
         if step.policy.front and written is not None:
@@ -69,22 +76,54 @@ class Programs:
             out, updated, observed = program(step, names, verdicts, state.sites, carried, now, args, kwargs)
         if observed is not None:
             moment = moment._replace(signal=numbers(observed))
-        return out, step.advance(state, moment, all(verdicts.values()), updated, residual)
+        computed = all(verdicts.values())
+        if self.replayed:
+            out, updated = _carried_out(step, state, out, updated)
+            residual = residual.clone() if residual is not None and computed and not step.donate else residual
+        return out, step.advance(state, moment, computed, updated, residual)
 
     def uncond(
         self, step: CachedStep, layout: Layout, state: State, full: dict[str, bool], now, args: tuple, kwargs: dict
     ) -> tuple[Any, dict[str, Any]]:
         """The unconditional call of a step."""
-        self._follow(step)
+        self._begin(step)
         with _in_own_words(lambda: eager.uncond(step, layout, state, full, now, args, kwargs)):
             program = self._program(("uncond", *full.values()), _uncond)
-            return program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
+            out, updated = program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
+        return _carried_out(step, state, out, updated) if self.replayed else (out, updated)
 
-    def _follow(self, step: CachedStep) -> None:
+    def _begin(self, step: CachedStep) -> None:
         standing = step.opened.standing()
         if self._standing != standing:
             self._standing = standing
             self._compiled.clear()
+        if self.replayed:
+            # The programs of one step may hand results on to one another; those of the step before are done with.
+            torch.compiler.cudagraph_mark_step_begin()
+
+
+def captures(arguments: dict[str, Any]) -> bool:
+    """Whether these arguments for torch.compile ask for CUDA graphs."""
+    given = arguments.get("options") or {}
+    if arguments.get("mode") is not None:
+        given = {**torch._inductor.list_mode_options(arguments["mode"]), **given}
+    default = torch._inductor.config.triton.cudagraphs
+    return arguments.get("backend") == "cudagraphs" or bool(given.get("triton.cudagraphs", default))
+
+
+def _carried_out(step: CachedStep, state: State, out: Any, updated: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What outlives a step, out of the memory that the next replay writes to: into that of a state given away, or new.
+
+    A state given away is written to here, and not in the program: one that writes to what it is given is not captured.
+    """
+
+    def leave(new: Any, old: Any = None) -> Any:
+        if not isinstance(new, Tensor) or new is old:
+            return new
+        return old.copy_(new) if step.donate and isinstance(old, Tensor) else new.clone()
+
+    kept = {name: pytree.tree_map(leave, fresh, state.sites[name]) for name, fresh in updated.items()}
+    return pytree.tree_map(leave, out), kept
 
 
 @contextlib.contextmanager

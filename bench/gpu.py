@@ -1,0 +1,426 @@
+"""What caching costs and saves on one GPU, at the sizes of real models.
+
+    python bench/gpu.py [kernels|flux|wan|graphs|all] [--rounds 3] [--minutes 8] [--out DIR]
+    python bench/gpu.py all --dry-run    # tiny, on the CPU: to try the script
+
+kernels  every kernel against its reference in float64 on the device, in every dtype, beyond 2^31 elements too; then
+         bench/kernels.py.
+flux     a transformer of the shape of FLUX.1-dev at 1024x1024, bfloat16, random weights: a loop of 28 steps for every
+         method, eager and regional, two of them as programs too, and the same pattern under the hooks of diffusers and
+         under cache-dit in the same run.
+wan      the same for the shape of Wan2.1 1.3B, 33 frames at 480p.
+graphs   step.compile(mode="reduce-overhead") over 50 steps against eager, with the memory that it takes.
+
+Efficiency is the time that the computed and the skipped steps need by themselves (the model as it is; the model with
+what is skipped taken out by hand) over that of the loop. A gap is what of a step's time no kernel was running. Every
+output is checked before it is timed; what is not installed, fails, or is beyond the minutes, is said. A short table comes
+last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.util
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cachekit_kernels as kernels
+import torch
+from peers import cache_dit, hooks
+from records import record, write
+from torch.utils import _pytree as pytree
+from workloads import STEPS, TIMES, Workload, flux, wan
+
+import cachekit as ck
+import kernels as kernel_bench
+
+PARTS = ("kernels", "flux", "wan", "graphs")
+PEERS = (hooks, cache_dit)
+PROGRAMS = ("mag_cache", "first_block_cache")  # one static, one that looks at the data
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Bench(NamedTuple):
+    """How to measure."""
+
+    device: torch.device
+    tiny: bool
+    rounds: int
+    until: float  # time.perf_counter() after which no more rows are begun
+    left_out: list[str]
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        """The median time of a call, from an idle device to an idle device; the first is not counted."""
+        found = []
+        for _ in range(self.rounds + 1):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait()
+            found.append(time.perf_counter() - start)
+        return statistics.median(found[1:])
+
+    def busy(self, call: Callable[[], Any]) -> float | None:
+        """Seconds of a call in which a kernel was running."""
+        if self.device.type != "cuda":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            self.wait()
+        return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def fresh(self) -> None:
+        """Nothing compiled, nothing held, and the peak of memory begun anew."""
+        torch._dynamo.reset()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int | None:
+        """Bytes of device memory that were taken at most."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+    def reaches(self, what: str) -> bool:
+        """Whether there is time for it; noted where not."""
+        if time.perf_counter() < self.until:
+            return True
+        self.left_out.append(f"{what}: out of time")
+        return False
+
+
+# Kernels -----------------------------------------------------------------------------------------------------
+
+
+def correct(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Every kernel against its reference in float64."""
+    noise = torch.Generator(bench.device).manual_seed(0)
+    shapes = [(1,), (3, 1013), (2, 257, 96)] if bench.tiny else [(1,), (3, 1013), (2, 4608, 3072), (1, 32760, 1536)]
+    for case in kernel_bench.CASES:
+        worst = 0.0
+        for dtype in DTYPES:
+            for shape in shapes:
+
+                def draw(kind: torch.dtype | None = None, shape=shape, dtype=dtype) -> torch.Tensor:
+                    return torch.randn(shape, generator=noise, device=bench.device, dtype=kind or dtype)
+
+                given = case.arguments(draw, torch.tensor([0.7, 1.3], device=bench.device))
+                wide = pytree.tree_map(
+                    lambda value: value.double() if isinstance(value, torch.Tensor) else value, given
+                )
+                pairs = zip(pytree.tree_leaves(case.ours(*given)), pytree.tree_leaves(case.plain(*wide)), strict=True)
+                for found, wanted in pairs:
+                    error = off(found, wanted)
+                    if not error < (1e-5 if dtype == torch.float32 else 1e-2):
+                        raise SystemExit(f"{case.name}, {dtype}, {shape}: off by {error:.1e} relative.")
+                    worst = max(worst, error)
+        yield {"part": "kernels", "kernel": case.name, "worst_relative_error": worst}
+    if not bench.tiny:
+        yield beyond(bench.device)
+
+
+def beyond(device: torch.device) -> dict[str, Any]:
+    """More elements than an index of 32 bits can count."""
+    size = 2**31 + 4099
+    one, other = (torch.full((size,), value, device=device, dtype=torch.bfloat16) for value in (3.0, 1.0))
+    one[-1], other[-1] = 64.0, 32.0
+    residual, change, scale = kernels.residual_norm(one, other, other)
+    found = [residual[-1].item(), change.item() / (size - 1), scale.item() / (size - 1)]
+    del residual
+    found.append(kernels.apply_residual([one], [other])[0][-1].item())
+    updated = kernels.taylor_update([one, other], other, torch.tensor(2.0, device=device))
+    found += [value[-1].item() for value in updated]
+    del updated
+    found.append(kernels.taylor_predict([one, other], torch.tensor(2.0, device=device))[-1].item())
+    wanted = [32.0, 1.0, 1.0, 96.0, 32.0, -16.0, 128.0]
+    if any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(found, wanted, strict=True)):
+        raise SystemExit(f"Beyond 2^31 elements: found {found}, wanted {wanted}.")
+    return {"part": "kernels", "kernel": "beyond 2^31 elements", "worst_relative_error": 0.0}
+
+
+def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The relative error; a NaN is one."""
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12)).item()
+
+
+# Loops -------------------------------------------------------------------------------------------------------
+
+
+def policies(threshold: float) -> dict[str, ck.Policy]:
+    """Every method of the guide, at work in this trajectory, with the semantics that the hooks have too."""
+    return {
+        "first_block_cache": ck.first_block_cache(threshold),
+        "mag_cache": ck.mag_cache([1.0] * STEPS, threshold=0.06, max_skips=2, semantics="diffusers"),
+        "taylorseer": ck.taylorseer(5, sites="attention+mlp", semantics="diffusers"),
+        "pyramid_attention_broadcast": ck.pyramid_attention_broadcast(2, semantics="diffusers"),
+        "faster_cache": ck.faster_cache(2, cfg=None, semantics="diffusers"),
+    }
+
+
+def threshold_for(work: Workload) -> float:
+    """A threshold between the drifts of one step and of two, so that about every other step computes."""
+    step = ck.cache(work.model, ck.first_block_cache(0.0))
+    state = step.init(TIMES, **work.inputs(0))
+    for i in range(STEPS):
+        _, state = step(state, **work.inputs(i))
+    return 1.5 * statistics.median(ck.summary(state).signal[1:])
+
+
+def loops(bench: Bench, work: Workload) -> Iterator[dict[str, Any]]:
+    """A row for every method and way, beside the model without a cache, fewer steps, and peers."""
+    given = [work.inputs(i) for i in range(STEPS)]
+    label = {"part": work.name, "model": work.name, "steps": STEPS}
+    full: dict[str, float] = {}
+    for way in ("eager", "regional"):
+        bench.fresh()
+        with regional(work.blocks, way == "regional"):
+            plain = bench.seconds(lambda: [work.model(**each) for each in given])
+        full[way] = plain / STEPS
+        yield label | {"method": "none", "way": way, "seconds": plain, "peak_bytes": bench.peak()}
+    threshold = threshold_for(work)
+    chosen, outputs = policies(threshold), {}
+    for method, policy in chosen.items():
+        wanted = None
+        for way in ("eager", "regional"):
+            if bench.reaches(f"{work.name}, {method}, {way}"):
+                found, out = loop(bench, work, method, policy, way, full[way], wanted)
+                wanted = out if wanted is None else wanted
+                yield label | found
+        if wanted is not None:
+            outputs[method] = wanted
+            yield from (label | row for row in peers(bench, work, method, threshold, wanted, "eager"))
+    # Last, what takes minutes to compile. The hooks of the other methods are compiled anew at every step until the
+    # compiler gives up.
+    for method in PROGRAMS:
+        if bench.reaches(f"{work.name}, {method}, programs"):
+            yield (
+                label | loop(bench, work, method, chosen[method], "programs", full["regional"], outputs.get(method))[0]
+            )
+    for method in PROGRAMS:
+        if method in outputs:
+            yield from (label | row for row in peers(bench, work, method, threshold, outputs[method], "regional"))
+
+
+def peers(
+    bench: Bench, work: Workload, method: str, threshold: float, ours: torch.Tensor, way: str
+) -> Iterator[dict[str, Any]]:
+    """The same pattern as others do it."""
+    given = [work.inputs(i) for i in range(STEPS)]
+    for peer in PEERS:
+        name = f"{peer.__name__}, {way}"
+        if not bench.reaches(f"{work.name}, {method}, {name}"):
+            continue
+        bench.fresh()
+        try:
+            with peer(work, method, threshold) as run, regional(work.blocks, way == "regional", fullgraph=False):
+                if run is None:
+                    continue
+                out, seconds = run(given), bench.seconds(functools.partial(run, given))
+        except Exception as error:  # of another project's: it must not cost us our own rows
+            bench.left_out.append(f"{work.name}, {method}, {name}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        difference = off(out, ours)
+        row = {"method": method, "way": name, "seconds": seconds, "difference_to_ours": difference}
+        yield row | {"peak_bytes": bench.peak()}
+
+
+class regional:  # noqa: N801
+    """With the blocks compiled one by one in place, and as they were afterwards."""
+
+    def __init__(self, blocks: list[torch.nn.Module], on: bool, fullgraph: bool = True) -> None:
+        self.blocks, self.fullgraph = blocks if on else [], fullgraph
+
+    def __enter__(self) -> None:
+        for block in self.blocks:
+            block.compile(fullgraph=self.fullgraph)
+
+    def __exit__(self, *_: object) -> None:
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
+
+def loop(
+    bench: Bench, work: Workload, method: str, policy: ck.Policy, way: str, full: float, wanted: torch.Tensor | None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """A trajectory of one step, its efficiency, and its last output."""
+    bench.fresh()
+    step = ck.cache(work.model, policy)
+    step = step if way == "eager" else step.compile(regional=way == "regional")
+    given = [work.inputs(i) for i in range(STEPS)]
+    made = step.init(TIMES, **given[0])
+
+    def run() -> tuple[torch.Tensor, ck.State]:
+        state, out = step.init_like(made), torch.empty(0)
+        for each in given:
+            (out, *_), state = step(state, **each)
+        return out, state
+
+    start = time.perf_counter()
+    out, state = run()
+    first = time.perf_counter() - start
+    if not out.isfinite().all() or (wanted is not None and not off(out, wanted) < 5e-2):  # bfloat16, through all blocks
+        raise SystemExit(f"{work.name}, {method}, {way}: the result is wrong, so it is not timed.")
+    seconds, busy, peak = bench.seconds(run), bench.busy(run), bench.peak()
+    summary = ck.summary(state)
+    computed = sum(summary.computed)
+    cut = work.without(method)
+    blocks = [block for name in work.lists for block in getattr(cut, name)]
+    with regional(blocks, way != "eager"):
+        alone = bench.seconds(lambda: cut(**given[1]))
+    found = {
+        "method": method,
+        "way": way,
+        "seconds": seconds,
+        "computed": computed,
+        "speed_up": full * STEPS / seconds,
+        "ratio": seconds / (full * STEPS),
+        "efficiency": (computed * full + (STEPS - computed) * alone) / seconds,
+        "gap_seconds_per_step": None if busy is None else (seconds - busy) / STEPS,
+        "first_loop_seconds": first,
+        "state_bytes": summary.state_bytes,
+        "peak_bytes": peak,
+    }
+    return found, out
+
+
+# CUDA graphs -------------------------------------------------------------------------------------------------
+
+
+def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Programs replayed as CUDA graphs, with the state carried from replay to replay."""
+    work, count = flux(bench.device, tiny=True, dtype=torch.float32), 50
+    given = [work.inputs(i % STEPS) for i in range(count)]
+    for method, policy in {
+        "mag_cache": ck.mag_cache([1.0] * count, max_skips=2),
+        "first_block_cache": ck.first_block_cache(threshold_for(work)),
+        "taylorseer": ck.taylorseer(4),
+    }.items():
+        results: dict[str, Any] = {}
+        for way, options in {
+            "eager": None,
+            "programs": {},
+            "CUDA graphs": {"mode": "default" if bench.tiny else "reduce-overhead"},
+            "CUDA graphs, donate": {"mode": "default" if bench.tiny else "reduce-overhead"},
+        }.items():
+            bench.fresh()
+            before = torch.cuda.memory_reserved() if bench.device.type == "cuda" else 0
+            step = ck.cache(work.model, policy, donate="donate" in way)
+            step = step if options is None else step.compile(**options)
+
+            def run(step=step) -> tuple[torch.Tensor, ck.State]:
+                state, outs = step.init(count, **given[0]), []
+                for each in given:
+                    (out, *_), state = step(state, **each)
+                    outs.append(out)
+                return torch.stack(outs), state
+
+            run(), run()  # warmed up, captured
+            outs, state = run()
+            decided = ck.summary(state).computed
+            taken = torch.cuda.memory_reserved() - before if bench.device.type == "cuda" else 0
+            results[way] = (outs, decided)
+            error = off(outs, results["eager"][0])
+            if decided != results["eager"][1] or not error < 1e-3:
+                raise SystemExit(f"graphs, {method}, {way}: off by {error:.1e}, or decided otherwise. Not timed.")
+            yield {
+                "part": "graphs",
+                "model": "flux, tiny",
+                "method": method,
+                "way": way,
+                "computed": sum(decided),
+                "seconds": bench.seconds(run),
+                "reserved_bytes": taken,
+                "worst_relative_error": error,
+            }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rows(part: str, bench: Bench) -> Iterator[dict[str, Any]]:
+    """The rows of a part."""
+    if part == "kernels":
+        yield from correct(bench)
+        shapes, batches = (["tiny"], [1]) if bench.tiny else (["flux", "wan", "hunyuan"], [1, 2])
+        for row in kernel_bench.rows(shapes, batches, 2 if bench.tiny else 30, bench.device):
+            yield {"part": "kernels", **row}
+    elif part == "graphs":
+        yield from graphs(bench)
+    else:
+        yield from loops(bench, {"flux": flux, "wan": wan}[part](bench.device, bench.tiny))
+
+
+SHOWN = {
+    "seconds": "{:.4g} s",
+    "computed": "{} computed",
+    "speed_up": "{:.2f}x",
+    "efficiency": "efficiency {:.3f}",
+    "gap_seconds_per_step": "gap {:.2g} s a step",
+    "difference_to_ours": "differs by {:.1e}",
+    "of_copy": "{:.1%} of copy",
+    "over_compiled": "{:.3f} over compiled",
+    "worst_relative_error": "off by {:.1e}",
+    "peak_bytes": "peak {:.3g} bytes",
+}
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    names = ("part", "kernel", "method", "way", "shape", "batch")
+    label = " ".join(str(row[name]) for name in names if name in row)
+    return (
+        f"{label:<58} {', '.join(form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", default="all", choices=(*PARTS, "all"))
+    parser.add_argument("--rounds", type=int, default=3, help="loops that are timed, a row")
+    parser.add_argument("--minutes", type=float, default=8, help="after which a part begins no more rows")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: to try the script")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit(
+            "No GPU here, and nothing but a GPU's time would mean anything. Use --dry-run to try the script."
+        )
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    left_out, lines, suffix = [], [], "-dry-run" if options.dry_run else ""
+    for name in ("diffusers", "cache_dit"):
+        if importlib.util.find_spec(name) is None:
+            left_out.append(f"{name}: not installed")
+    for part in PARTS if options.part == "all" else (options.part,):
+        if part != "kernels" and "diffusers: not installed" in left_out:
+            left_out.append(f"{part}: needs diffusers, whose model classes it runs")
+            continue
+        start = time.perf_counter()
+        until = start + 60 * options.minutes
+        made = record(device, options.rounds)
+        bench = Bench(device, options.dry_run, 1 if options.dry_run else options.rounds, until, left_out)
+        with torch.no_grad():
+            for row in rows(part, bench):
+                made["rows"].append(row)
+                print(short(row), flush=True)
+                write(made, options.out, f"gpu-{part}{suffix}", quiet=True)  # what is measured is kept, whatever comes
+        lines += [short(row) for row in made["rows"]] + [f"{part}: {time.perf_counter() - start:.0f} s"]
+        bench.fresh()
+    print("\n".join(["", *lines, *(f"left out: {what}" for what in left_out)]))
+
+
+if __name__ == "__main__":
+    main()
