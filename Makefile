@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ lint: setup            ## format, lint, types
 
 bench: setup           ## what a cached step costs on this machine; writes bench/results/
 	$(BIN)/python bench/overhead.py
+
+bench-gpu:             ## the same on a GPU, in the Python that is there: PYTHON=...; writes bench/results/
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py all
 
 clean:
 	rm -rf $(VENV) demo_output .pytest_cache .hypothesis

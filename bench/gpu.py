@@ -13,8 +13,8 @@ graphs   step.compile(mode="reduce-overhead") over 50 steps against eager, with 
 
 Efficiency is the time that the computed and the skipped steps need by themselves (the model as it is; the model with
 what is skipped taken out by hand) over that of the loop. A gap is what of a step's time no kernel was running. Every
-output is checked before it is timed; what is not installed, fails, or is beyond the minutes, is said. A short table comes
-last.
+output is checked before it is timed; what is not installed, fails, or is beyond the minutes, is said. A short table
+comes last.
 """
 
 from __future__ import annotations

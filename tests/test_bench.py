@@ -59,6 +59,25 @@ def test_the_kernel_benchmark_runs_dry_and_writes_every_row(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("part", ["kernels", "wan"])
+def test_the_gpu_benchmark_runs_dry_and_writes_every_row(part, tmp_path):
+    done = script(BENCH / "gpu.py", part, "--dry-run", "--out", tmp_path, interpreted=part == "kernels")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / f"gpu-{part}-dry-run.json").read_text())["rows"]
+    assert f"{part}: " in done.stdout.splitlines()[-2 if importlib.util.find_spec("cache_dit") is None else -1]
+    if part == "kernels":
+        assert {row["worst_relative_error"] < 1e-2 for row in rows if "worst_relative_error" in row} == {True}
+        return
+    ways = {(row["method"], row["way"]) for row in rows}
+    methods = {method for method, _ in ways} - {"none"}
+    assert len(methods) == 5
+    assert ways >= {(method, way) for method in methods for way in ("eager", "regional", "hooks, eager")}
+    assert ways >= {(method, "programs") for method in ("mag_cache", "first_block_cache")}
+    # Set to one pattern: the outputs differ by no more than the hooks' own storage in bfloat16 makes of it.
+    assert all(row["difference_to_ours"] < 1e-2 for row in rows if row["way"] == "hooks, eager")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel_benchmark_times_no_wrong_result(tmp_path):
     wrong = (
         f"import sys, runpy; sys.path.insert(0, {str(BENCH)!r}); sys.argv = ['kernels.py', '--dry-run', '--out', "

@@ -104,6 +104,56 @@ def test_a_kernel_compiles_for_a_gpu_into_wide_loads_without_spills(name, tmp_pa
     assert found["wide"] and not found["narrow"] and not found["stack"], found
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_offset_into_a_tensor_has_64_bits(name, tmp_path):
+    # More than 2^31 elements cannot be run here; an index of 32 bits would be seen in the kernel's own code.
+    code = f"""
+        import importlib, json, re, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        module, _, function = {name!r}.partition(".")
+        kernel = getattr(importlib.import_module("cachekit_kernels." + module), function)
+        constants, names = {KERNELS[name]!r}, kernel.arg_names
+        kinds = {{name: "*fp32" if name.endswith("_ptr") else "i64" if "size" in name else "i32" for name in names}}
+        kinds |= {{name: "constexpr" for name in constants}}
+        source = ASTSource(fn=kernel, signature={{name: kinds[name] for name in names}}, constexprs=constants)
+        text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+        blocks = re.findall(r"tt.addptr .*: tensor<[^,]*, tensor<[0-9x]*(i32|i64)>", text)
+        print(json.dumps({{"offsets": len(blocks), "narrow": blocks.count("i32")}}))
+    """
+    found = json.loads(fresh(code, tmp_path))
+    assert found["offsets"] >= 2 and not found["narrow"], found
+
+
+def test_inside_a_graph_the_kernel_that_decides_is_all_that_a_compiler_does_not_fuse(tmp_path):
+    code = """
+        import os
+        os.environ["TRITON_INTERPRET"] = "1"
+        import torch, cachekit_kernels as kernels
+
+        seen = []
+        def keep(graph, inputs):
+            seen.extend(str(node.target) for node in graph.graph.nodes if "cachekit" in str(node.target))
+            return graph
+
+        @torch.compile(fullgraph=True, backend=keep)
+        def everything(x, weights):
+            updated = kernels.taylor_update([x, x], x, weights[0])
+            return (
+                kernels.residual_norm(x, x, x), kernels.residual_change(x, x), kernels.norm_ratio(x, x), updated,
+                kernels.newton_predict(updated, weights), kernels.apply_residual([x, x], [x, x]),
+                kernels.guidance_delta(x, x, x, weights),
+            )
+
+        x = torch.ones(2, 5)
+        assert kernels.runs_on(x)
+        everything(x, torch.ones(2))
+        print(seen)
+    """
+    assert fresh(code, tmp_path) == "['cachekit.residual_norm.default']"
+
+
 def test_no_package_of_the_name_kernels_can_be_imported(tmp_path):
     # transformers and diffusers look for one, and would take the folder for it.
     assert (

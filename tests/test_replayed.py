@@ -38,8 +38,11 @@ class Replays:
 
     def __call__(self, graph, inputs, options=None):
         def run(*values):
+            given = [value for value in values if isinstance(value, torch.Tensor)]
+            before = [value._version for value in given]
             outs = graph(*values)
-            held = {value.untyped_storage().data_ptr() for value in values if isinstance(value, torch.Tensor)}
+            assert before == [value._version for value in given], "a program that writes to its inputs is not captured"
+            held = {value.untyped_storage().data_ptr() for value in given}
             fresh = [out for out in outs if isinstance(out, torch.Tensor)]
             self.returned += [out for out in fresh if out.untyped_storage().data_ptr() not in held]
             return outs
