@@ -1,0 +1,43 @@
+"""What a call of a pipeline did, as values and as a table."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cachekit.plan import pattern
+from cachekit.state import human_bytes
+
+
+class StreamReport(NamedTuple):
+    """What one stream did."""
+
+    policy: str  # its name
+    computed: tuple[bool, ...]  # one a call of the transformer
+    seconds: float  # spent in these calls by the host, which does not wait for a GPU
+    state_bytes: int  # remembered from step to step
+
+    @property
+    def skipped(self) -> int:
+        """How many calls left something out."""
+        return len(self.computed) - sum(self.computed)
+
+
+class Report(NamedTuple):
+    """What the last call did; `str` is a table."""
+
+    streams: dict[str, StreamReport]  # by transformer and stream
+    unused: tuple[str, ...]  # keys of the mapping of policies that no stream has
+
+    def __str__(self) -> str:
+        if not self.streams:
+            return "no call of the pipeline yet"
+        width = max(map(len, self.streams))
+        rows = [f"{'stream':<{width}} {'computed':>8} {'skipped':>7} {'seconds':>8} {'state':>10}  pattern"]
+        for name, stream in self.streams.items():
+            rows.append(
+                f"{name:<{width}} {sum(stream.computed):>8} {stream.skipped:>7} {stream.seconds:>8.3f} "
+                f"{human_bytes(stream.state_bytes):>10}  {pattern(stream.computed)}  {stream.policy}"
+            )
+        if self.unused:
+            rows.append(f"policies for streams that were not called: {', '.join(self.unused)}")
+        return "\n".join(rows)
