@@ -35,7 +35,8 @@ class Stream:
     begun: int | None = None  # place of the state's first step in the schedule
     inputs: tuple[tuple, dict[str, Any]] | None = None  # of the last call, while they may be asked for again
     computed: list[bool] = field(default_factory=list)  # one a call
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all calls
+    setup: float = 0.0  # of them, to look at the model and to make states
     bytes: int = 0
 
 
@@ -149,9 +150,11 @@ class Call:
                 form,
                 index,
             )
+            started = time.perf_counter()
             times = self._schedule.ahead(index or 0, component)
             state = stream.step.init(times or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
+            stream.setup += time.perf_counter() - started
         out, stream.state = _of(stream.step)(state, *args, **kwargs)
         stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
         return out
@@ -182,6 +185,9 @@ class Call:
         if guidance is None:
             return policy
         guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        if guided is None and name == BOTH:
+            # Elsewhere a scale above 1 may be one that the model is told, without a second half.
+            guided = getattr(self._pipe, "guidance_scale", 0.0) > 1
         if name == BOTH or (name == UNNAMED and not self.separate and not guidance.separate):
             if guided is True and _batch(args, kwargs) % 2 == 0:
                 return self._variant(policy, False)

@@ -13,7 +13,8 @@ class StreamReport(NamedTuple):
 
     policy: str  # its name
     computed: tuple[bool, ...]  # one a call of the transformer
-    seconds: float  # spent in these calls by the host, which does not wait for a GPU
+    seconds: float  # that the host spent in these calls; it does not wait for a GPU
+    setup_seconds: float  # before, to look at the model (once for each shape of inputs) and to make states
     state_bytes: int  # remembered from step to step
 
     @property
@@ -32,12 +33,13 @@ class Report(NamedTuple):
         if not self.streams:
             return "no call of the pipeline yet"
         width = max(map(len, self.streams))
-        rows = [f"{'stream':<{width}} {'computed':>8} {'skipped':>7} {'seconds':>8} {'state':>10}  pattern"]
+        rows = [
+            f"{'stream':<{width}} {'computed':>8} {'skipped':>7} {'seconds':>8} {'setup':>8} {'state':>10}  pattern"
+        ]
         for name, stream in self.streams.items():
-            rows.append(
-                f"{name:<{width}} {sum(stream.computed):>8} {stream.skipped:>7} {stream.seconds:>8.3f} "
-                f"{human_bytes(stream.state_bytes):>10}  {pattern(stream.computed)}  {stream.policy}"
-            )
+            counts = f"{name:<{width}} {sum(stream.computed):>8} {stream.skipped:>7}"
+            times = f"{stream.seconds:>8.3f} {stream.setup_seconds:>8.3f} {human_bytes(stream.state_bytes):>10}"
+            rows.append(f"{counts} {times}  {pattern(stream.computed)}  {stream.policy}")
         if self.unused:
             rows.append(f"policies for streams that were not called: {', '.join(self.unused)}")
         return "\n".join(rows)

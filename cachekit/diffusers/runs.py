@@ -75,7 +75,8 @@ class Run:
                 "/".join(key): StreamReport(
                     policy="not cached" if stream.policy is None else stream.policy.name,
                     computed=tuple(stream.computed),
-                    seconds=stream.seconds,
+                    seconds=stream.seconds - stream.setup,
+                    setup_seconds=stream.setup,
                     state_bytes=stream.bytes,
                 )
                 for key, stream in streams.items()

@@ -6,12 +6,14 @@ The prompt is given as embeddings and the result taken as latents: all that lies
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
 import zoo
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 import cachekit.diffusers as ckd
@@ -51,7 +53,9 @@ def piped(name: str, *, batch: int = 1, models: dict[str, nn.Module] | None = No
             components[part] = (models or {}).get(part) or zoo.specimen(transformer, 1 if part[-1] == "2" else 0).model
     pipe = getattr(diffusers, kind)(**components)
     pipe.set_progress_bar_config(disable=True)
-    return Piped(pipe, {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **given, **changed})
+    return Piped(
+        pipe, {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, **given, **changed}
+    )
 
 
 def image(piped: Piped, seed: int = 0, **changed: Any) -> Tensor:
@@ -85,10 +89,39 @@ def hooks(pipe: Any, config: Any) -> Iterator[None]:
     """Diffusers' own caches on all transformers."""
     models = [model for name, model in pipe.components.items() if name.startswith("transformer") and model is not None]
     for model in models:
-        model.enable_cache(config)
+        CacheMixin.enable_cache(model, config)  # a function: SD3 is no CacheMixin
     yield
-    for model in models:
-        model.disable_cache()
+
+
+class Routed(nn.Module):
+    """A transformer whose every stream is a copy of its own: what hooks answer when streams cannot mix."""
+
+    def __init__(self, model: nn.Module, apply: Callable[[nn.Module], None], streams: int = 2) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self.copies = nn.ModuleList(copy.deepcopy(model) for _ in range(streams))
+        self.calls = 0
+        for each in self.copies:
+            apply(each)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Streams take turns: every pipeline here calls one after the other."""
+        chosen = self.copies[self.calls % len(self.copies)]
+        self.calls += 1
+        with CacheMixin.cache_context(chosen, "one"):
+            return chosen(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **more: Any) -> Iterator[None]:
+        yield
+
+
+def routed(name: str, config: Any, **how: Any) -> Tensor:
+    """The same under diffusers' own hooks, every stream by itself."""
+    made = piped(name, **how)
+    clock(config, made.pipe)
+    made.pipe.transformer = Routed(made.pipe.transformer, lambda model: CacheMixin.enable_cache(model, config))
+    return image(made)
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -191,7 +224,10 @@ def _latte(draw: zoo.Draw, batch: int) -> Built:
 def _kandinsky(draw: zoo.Draw, batch: int) -> Built:
     components = {"scheduler": flow(shift=5.0), "vae": None, "transformer": "Kandinsky5", **NO_TEXT_2}
     given = {"prompt_embeds_qwen": text(draw, batch), "prompt_embeds_clip": draw(batch, 20), "guidance_scale": 3.0}
-    given |= {"negative_prompt_embeds_qwen": text(draw, batch, length=4), "negative_prompt_embeds_clip": draw(batch, 20)}
+    given |= {
+        "negative_prompt_embeds_qwen": text(draw, batch, length=4),
+        "negative_prompt_embeds_clip": draw(batch, 20),
+    }
     ends = torch.arange(batch + 1, dtype=torch.int32)
     given |= {"prompt_cu_seqlens": zoo.TEXT * ends, "negative_prompt_cu_seqlens": 4 * ends}
     return "Kandinsky5T2VPipeline", components, {**given, **SIZE, "num_frames": 5}
