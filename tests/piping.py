@@ -231,3 +231,31 @@ def _kandinsky(draw: zoo.Draw, batch: int) -> Built:
     ends = torch.arange(batch + 1, dtype=torch.int32)
     given |= {"prompt_cu_seqlens": zoo.TEXT * ends, "negative_prompt_cu_seqlens": 4 * ends}
     return "Kandinsky5T2VPipeline", components, {**given, **SIZE, "num_frames": 5}
+
+
+@maker
+def _flux_image(draw: zoo.Draw, batch: int) -> Built:
+    _, components, given = _flux(draw, batch)
+    start = torch.rand(1, 3, 64, 64, generator=draw.generator)
+    return "FluxImg2ImgPipeline", {**components, "vae": _pictures()}, {**given, "image": start, "strength": 0.6}
+
+
+@maker
+def _cogvideox_video(draw: zoo.Draw, batch: int) -> Built:
+    _, components, given = _cogvideox(draw, batch)
+    del given["num_frames"]
+    return "CogVideoXVideoToVideoPipeline", components, {**given, "latents": draw(batch, 2, 4, 8, 8), "strength": 0.6}
+
+
+@maker
+def _latte_heun(draw: zoo.Draw, batch: int) -> Built:
+    kind, components, given = _latte(draw, batch)
+    return kind, {**components, "scheduler": diffusers.HeunDiscreteScheduler()}, given
+
+
+def _pictures() -> nn.Module:
+    """An image autoencoder with two latent channels, eight times smaller each way."""
+    torch.manual_seed(3)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 2, "shift_factor": 0.1}
+    return diffusers.AutoencoderKL(**blocks, **sizes, use_quant_conv=False, use_post_quant_conv=False).eval()

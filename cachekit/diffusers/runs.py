@@ -133,11 +133,13 @@ class Run:
     def _variant(self, policy: Policy, separate: bool | None) -> Policy:
         """A policy for guidance in two calls a step, in a batch, or (None) without guidance: made once."""
         guidance = policy.guidance
-        if guidance is not None and guidance.separate == separate:
+        assert guidance is not None
+        if guidance.separate == separate:
             return policy
-        if guidance is not None and separate is not None:
-            guidance = dataclasses.replace(guidance, separate=separate)
-        made = dataclasses.replace(policy, guidance=guidance if separate is not None else None)
+        if separate is None:
+            made = dataclasses.replace(policy, guidance=None, name=f"{policy.name} without guidance")
+        else:
+            made = dataclasses.replace(policy, guidance=dataclasses.replace(guidance, separate=separate))
         return self._variants.setdefault((id(policy), separate), made)
 
     def _step_of(self, component: str, policy: Policy) -> CachedStep:
