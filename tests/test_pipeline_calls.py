@@ -416,12 +416,3 @@ def test_hooks_of_diffusers_own_caches(late):
         run = piping.image(made) if late else ckd.enable(made.pipe, ck.first_block_cache(0.1))
     if late:
         run.disable()
-
-
-def test_group_offloading_is_refused_before_anything_runs():
-    made = piping.piped("flux")
-    made.pipe.transformer.enable_group_offload(
-        torch.device("cpu"), torch.device("cpu"), "block_level", num_blocks_per_group=1
-    )
-    with pytest.raises(ck.StructureError, match="group-offloaded"):
-        ckd.enable(made.pipe, ck.first_block_cache(0.1))
