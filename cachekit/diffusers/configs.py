@@ -10,7 +10,6 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-import torch
 from diffusers.hooks.faster_cache import FasterCacheConfig
 from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
 from diffusers.hooks.mag_cache import MagCacheConfig
@@ -207,8 +206,6 @@ def _constant(config: Any, name: str) -> float:
     """What a callback returns whenever it is called, or an error where that may depend on the time of the call."""
     callback = getattr(config, name)
     value = callback(nn.Identity()) if isinstance(callback, types.FunctionType) and _fixed(callback) else None
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()
     if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise ArgumentError(
@@ -231,8 +228,9 @@ def _fixed(function: types.FunctionType) -> bool:
 
 
 def _searched(identifiers: Any) -> tuple[str, ...]:
-    """One pattern for whole names that matches where any of these is found anywhere in a name."""
-    return (f".*(?:{'|'.join(f'(?:{identifier})' for identifier in identifiers)}).*",)
+    """One pattern that matches the whole name of a part of a block where any of these is found in it."""
+    found = "|".join(f"(?:{identifier})" for identifier in identifiers)
+    return (rf"(?=.*\.\d+\.).*(?:{found}).*",)
 
 
 def _default(config: Any, name: str) -> Any:
