@@ -165,16 +165,54 @@ def test_a_scheduler_that_repeats_timesteps():
     assert run.summary().streams["transformer/call"].computed == tuple(ck.summary(state).computed)
 
 
-def test_a_stream_that_missed_a_step_begins_anew():
-    """Skip-layer guidance: a third call in some steps, of half the batch."""
-    made = piping.piped("sd3", skip_guidance_layers=[1], skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.6)
+@pytest.mark.parametrize(("start", "calls"), [(0.2, (2, 5)), (-1.0, (0, 5))])
+def test_a_third_call_in_some_steps_is_a_stream_of_its_own(start, calls):
+    """Skip-layer guidance, of half the batch, also in the first step, where two calls could be two halves."""
+    how = {"skip_guidance_layers": [1], "skip_layer_guidance_start": start, "skip_layer_guidance_stop": 0.6}
     policy = ck.faster_cache(layout="BCHW", uncond=2, uncond_range=(-1, 1001), attention_range=(-1, 1001))
+    made = piping.piped("sd3", **how)
     with ckd.cached(made.pipe, policy) as run:
         piping.image(made)
     streams = run.summary().streams
-    assert [len(stream.computed) for stream in streams.values()] == [piping.STEPS, 3]
+    assert [len(stream.computed) for stream in streams.values()] == [piping.STEPS, calls[1] - calls[0]]
     assert streams["transformer/call 2"].policy == f"{streams['transformer/call'].policy} without guidance"
-    assert run.states["transformer/call 2"].timesteps.tolist() == made.pipe.scheduler.timesteps[2:].tolist()
+    third = run.states["transformer/call 2"].timesteps.tolist()
+    assert third == made.pipe.scheduler.timesteps[calls[0] :].tolist()
+
+
+def test_a_stream_that_missed_steps_begins_anew():
+    made = piping.piped("wan")
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0 if 2 <= step < 5 else 3.0
+        return given
+
+    with ckd.cached(made.pipe, ck.step_mask([1] + [0] * 7)) as run:
+        piping.image(made, callback_on_step_end=callback)
+    patterns = {name: stream.computed for name, stream in run.summary().streams.items()}
+    assert patterns["transformer/cond"] == (True, *(False,) * 7)
+    assert patterns["transformer/uncond"] == (True, False, False, True, False)  # steps 0, 1, 2, 6, 7
+    assert run.states["transformer/uncond"].timesteps.tolist() == made.pipe.scheduler.timesteps[6:].tolist()
+
+
+def test_another_shape_in_the_midst_of_a_call_begins_anew():
+    made, longer = piping.piped("wan"), torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(5))
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": longer} if step == 3 else {}
+
+    with ckd.cached(made.pipe, ck.step_mask([1] + [0] * 7)) as run:
+        piping.image(made, callback_on_step_end=callback)
+    patterns = {name: stream.computed for name, stream in run.summary().streams.items()}
+    assert patterns["transformer/cond"] == (True, False, False, False) * 2
+    assert patterns["transformer/uncond"] == (True, *(False,) * 7)
+
+
+def test_guidance_in_two_calls_of_which_one_never_comes():
+    policy = ck.faster_cache(uncond=2, uncond_range=(-1, 1001), attention_range=(-1, 1001))
+    ours, run = piping.cached("wan", policy, guidance_scale=1.0)
+    assert piping.gap(ours, piping.image(piping.piped("wan", guidance_scale=1.0))) < 0.05
+    assert [stream.computed for stream in run.summary().streams.values()] == [(True, False) * 4]
 
 
 def test_guidance_in_two_calls_that_looks_like_one_batch():
@@ -355,6 +393,30 @@ def test_inside_a_call_the_transformer_is_itself_but_for_being_called():
         piping.image(made, callback_on_step_end=callback)
         assert made.pipe.transformer is real
     assert len(seen) == 3 * piping.STEPS and all(seen)
+
+
+def test_other_threads_see_the_pipeline_as_it_is():
+    made, seen = piping.piped("wan"), []
+    real = made.pipe.transformer
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        thread = threading.Thread(target=lambda: seen.append(pipe.transformer is real))
+        thread.start()
+        thread.join()
+        return given
+
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)):
+        piping.image(made, callback_on_step_end=callback)
+    assert seen == [True] * piping.STEPS
+
+
+def test_a_pipeline_with_a_cache_is_saved_and_turned_into_another(tmp_path):
+    made = piping.piped("flux_image")
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)):
+        made.pipe.save_pretrained(tmp_path)
+        other = diffusers.FluxPipeline.from_pipe(made.pipe)
+    assert diffusers.DiffusionPipeline.load_config(tmp_path)["_class_name"] == "FluxImg2ImgPipeline"
+    assert type(other) is diffusers.FluxPipeline and other.transformer is made.pipe.transformer
 
 
 def test_another_transformer_is_taken_up_by_the_next_call():
