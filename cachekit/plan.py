@@ -23,10 +23,11 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(map(len, self.kinds), default=0)
-        rows = [f"{sum(self.computed)} of {len(self)} steps computed  {_pattern(self.computed)}"]
-        rows += [f"  {kind:<{width}}  {_pattern(computed)}" for kind, computed in self.kinds.items()]
+        rows = [f"{sum(self.computed)} of {len(self)} steps computed  {pattern(self.computed)}"]
+        rows += [f"  {kind:<{width}}  {pattern(computed)}" for kind, computed in self.kinds.items()]
         return "\n".join(rows)
 
 
-def _pattern(computed: Sequence[bool]) -> str:
+def pattern(computed: Sequence[bool]) -> str:
+    """`#` for a computed step, `.` for a reused one."""
     return "".join("#" if each else "." for each in computed)

@@ -1,0 +1,223 @@
+"""One call of a pipeline: its streams, each with a state that begins and ends with the call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cachekit.diffusers.schedules import Schedule, timestep_of
+from cachekit.diffusers.standins import stand_in
+from cachekit.policy import Policy
+from cachekit.state import State, state_bytes
+from cachekit.transform import CachedStep
+
+BOTH, COND, UNCOND = "cond_uncond", "cond", "uncond"
+"""What pipelines call their contexts: both halves of guidance in a batch, or each in a call of its own."""
+UNNAMED = "call"
+"""The stream of a pipeline that gives no names."""
+
+
+@dataclass
+class Stream:
+    """What is called once a step: a branch of guidance, or the model as a whole."""
+
+    policy: Policy | None  # None: not cached
+    step: CachedStep | None = None
+    state: State | None = None  # None: not cached, or answered from the state of another stream
+    form: Any = None  # of the arguments that the state was made for
+    begun: int | None = None  # place of the state's first step in the schedule
+    inputs: tuple[tuple, dict[str, Any]] | None = None  # of the last call, while they may be asked for again
+    computed: list[bool] = field(default_factory=list)  # one a call
+    seconds: float = 0.0  # of all calls
+    setup: float = 0.0  # of them, to look at the model and to make states
+    bytes: int = 0
+
+
+class Call:
+    """One call of a pipeline, in one thread.
+
+    Args:
+        pipe: the pipeline.
+        models: its transformers, by name.
+        policy_of: transformer, stream -> policy, None to leave the stream alone.
+        step_of: transformer, policy -> step.
+        variant: policy, separate -> the policy for guidance in two calls a step, in a batch, or (None) without.
+        separate: whether an earlier call has shown that guidance without names makes two calls a step.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        models: dict[str, nn.Module],
+        policy_of: Callable[[str, str], Policy | None],
+        step_of: Callable[[str, Policy], CachedStep],
+        variant: Callable[[Policy, bool | None], Policy],
+        *,
+        separate: bool,
+    ) -> None:
+        self.streams: dict[tuple[str, str], Stream] = {}
+        self.separate = separate
+        self.stand_ins = {name: stand_in(model, self._calling(name), self._context) for name, model in models.items()}
+        self._pipe = pipe
+        self._models = models
+        self._policy_of = policy_of
+        self._step_of = step_of
+        self._variant = variant
+        self._schedule = Schedule(pipe)
+        self._named: list[str] = []
+        self._counts: dict[tuple[str, str], tuple[int | None, int]] = {}
+
+    def end(self) -> None:
+        """Free what is remembered; what was logged stays."""
+        self.stand_ins.clear()
+        for stream in self.streams.values():
+            stream.inputs = stream.step = None
+            if stream.state is not None:
+                stream.state = stream.state._replace(reference=(), sites={})
+
+    @contextmanager
+    def _context(self, name: str) -> Iterator[None]:
+        self._named.append(name)
+        try:
+            yield
+        finally:
+            self._named.pop()
+
+    def _calling(self, component: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: self._run(component, args, kwargs)
+
+    def _run(self, component: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        index = self._schedule.look(timestep_of(args, kwargs))
+        context = self._named[-1] if self._named else UNNAMED
+        # Without names, or with one name for several calls, the calls of a step are told apart by their order.
+        before, count = self._counts.get((component, context), (None, 0))
+        count = count + 1 if index is not None and index == before else 1
+        self._counts[component, context] = index, count
+        name = context if count == 1 else f"{context} {count}"
+        started = time.perf_counter()
+        stream, out, computed = self._answer(component, context, name, index, args, kwargs)
+        stream.seconds += time.perf_counter() - started
+        stream.computed.append(computed)
+        return out
+
+    def _answer(self, component: str, context: str, name: str, index: int | None, args: tuple, kwargs: dict[str, Any]):
+        """The stream a call belongs to, what the model returns, and whether it was computed."""
+        given = self._policy_of(component, name)
+        stream = self.streams.setdefault((component, name), Stream(given))
+        if given is None:
+            return stream, self._models[component](*args, **kwargs), True
+        form = _form(args, kwargs)
+        partner = self._partner(component, context, name, index, form) if given.guidance is not None else None
+        if partner is not None:
+            if not _separate(partner.policy):
+                # Taken for a batch of both halves, it was the first of two calls: compute it again as such. Only the
+                # first step of the first call of a run comes here.
+                self.separate = True
+                again, partner.state = partner.inputs, None
+                assert again is not None
+                self._advance(component, partner, self._variant(given, True), index, again, partner.form)
+            stream.policy = partner.policy
+            out, partner.state = _of(partner.step).uncond(_of(partner.state), *args, **kwargs)
+            answered = partner.state.decider
+            return stream, out, int(answered.full) == int(answered.last)
+        policy = self._fitting(given, context, name, args, kwargs)
+        out = self._advance(component, stream, policy, index, (args, kwargs), form)
+        state = _of(stream.state)
+        return stream, out, bool(state.computed[int(state.step) - 1])
+
+    def _advance(
+        self, component: str, stream: Stream, policy: Policy, index: int | None, inputs: Any, form: Any
+    ) -> Any:
+        """A step of a stream, of a new trajectory where this one does not go on."""
+        args, kwargs = inputs
+        state = stream.state
+        if (
+            state is None
+            or stream.form != form
+            or int(state.step) >= len(state.timesteps)
+            or (index is not None and stream.begun is not None and stream.begun + int(state.step) != index)
+        ):
+            stream.step, stream.policy, stream.form, stream.begun = (
+                self._step_of(component, policy),
+                policy,
+                form,
+                index,
+            )
+            started = time.perf_counter()
+            times = self._schedule.ahead(index or 0, component)
+            state = stream.step.init(times or 1, *args, **kwargs)
+            stream.bytes = state_bytes(state)
+            stream.setup += time.perf_counter() - started
+        out, stream.state = _of(stream.step)(state, *args, **kwargs)
+        stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
+        return out
+
+    def _partner(self, component: str, context: str, name: str, index: int | None, form: Any) -> Stream | None:
+        """The conditional stream that this unconditional call is answered from, if it is one and that one came."""
+        if (context, name) == (UNCOND, UNCOND):
+            partner = self.streams.get((component, COND))
+        elif (context, name) == (UNNAMED, f"{UNNAMED} 2"):
+            partner = self.streams.get((component, UNNAMED))
+            # What is called beside a batch of both halves has another batch.
+            if partner is not None and _first(partner.form) != _first(form):
+                return None
+        else:
+            return None
+        if partner is None or partner.state is None or partner.policy is None or partner.policy.guidance is None:
+            return None
+        done = int(partner.state.step) - 1
+        if index is not None and partner.begun is not None and partner.begun + done != index:
+            return None
+        if _separate(partner.policy):
+            return partner if int(partner.state.decider.last) < done else None
+        return partner if partner.inputs is not None else None
+
+    def _fitting(self, policy: Policy, context: str, name: str, args: tuple, kwargs: dict[str, Any]) -> Policy:
+        """The policy with guidance as this pipeline has it."""
+        guidance = policy.guidance
+        if guidance is None:
+            return policy
+        guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        if guided is None and name == BOTH:
+            # Elsewhere a scale above 1 may be one that the model is told, without a second half.
+            guided = getattr(self._pipe, "guidance_scale", 0.0) > 1
+        if name == BOTH or (name == UNNAMED and not self.separate and not guidance.separate):
+            if guided is True and _batch(args, kwargs) % 2 == 0:
+                return self._variant(policy, False)
+            # Without guidance a batch has no halves; where that is not known it may be the first of two calls.
+            return self._variant(policy, None if name == BOTH or guided is False else True)
+        return self._variant(policy, True if name in (COND, UNNAMED) else None)
+
+
+def _separate(policy: Policy | None) -> bool:
+    return policy is not None and policy.guidance is not None and policy.guidance.separate
+
+
+def _of(value):
+    """What is there by now."""
+    assert value is not None
+    return value
+
+
+def _form(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What a state depends on: the shapes of the arguments, and which there are."""
+    leaves, treespec = pytree.tree_flatten((args, kwargs))
+    kinds = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
+    return kinds, treespec
+
+
+def _first(form: Any) -> torch.Size | None:
+    """The shape of the first tensor: of what is denoised."""
+    return next((kind[0] for kind in form[0] if isinstance(kind, tuple)), None)
+
+
+def _batch(args: tuple, kwargs: dict[str, Any]) -> int:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1), 1)

@@ -1,0 +1,266 @@
+"""Caching switched on for a pipeline, and off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from cachekit.diffusers.calls import Call
+from cachekit.diffusers.compat import refuse, refuse_hooks
+from cachekit.diffusers.configs import from_config, is_config
+from cachekit.diffusers.reports import Report, StreamReport
+from cachekit.diffusers.standins import MARK, pipeline_class
+from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
+from cachekit.policy import Policy
+from cachekit.state import State
+from cachekit.transform import CachedStep
+
+ALL = ""
+
+
+class Run:
+    """Caching that is enabled on a pipeline: made by `enable` and `cached`.
+
+    Every call of the pipeline begins with new states, whatever happened before; they belong to the call and to its
+    thread alone. Two pipelines may share a transformer, each with a run of its own or with none.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, policies: Mapping[str, Policy]) -> None:
+        self._pipe = pipe
+        self._policies = dict(policies)
+        self._used: set[str] = set()
+        self._names = _transformers(pipe)
+        self._class = type(pipe)
+        self._steps: dict[tuple[int, int], tuple[nn.Module, Policy, CachedStep]] = {}
+        self._lock = threading.Lock()
+        self._here = threading.local()
+        self._variants: dict[tuple[int, bool | None], Policy] = {}
+        self._separate = False
+        self._last: Call | None = None
+        for key in self._policies:
+            component, slash, _ = key.partition("/")
+            if slash and component not in self._names:
+                raise ArgumentError(
+                    f"`policy` names {key!r}; the transformers of {self._class.__name__} are {', '.join(self._names)}."
+                )
+        self._check(self._models())
+
+    def disable(self) -> None:
+        """Switch caching off. The pipeline is what it was before; a second time changes nothing."""
+        if getattr(type(self._pipe), MARK, None) is self:
+            self._pipe.__class__ = self._class
+
+    @property
+    def states(self) -> dict[str, State]:
+        """The states of the last call, by transformer and stream: `states["transformer/cond"]`.
+
+        While a call runs they are whole. What is cached is freed when it ends: what was logged stays.
+        """
+        call = self._last
+        streams = call.streams if call is not None else {}
+        return {"/".join(key): stream.state for key, stream in streams.items() if stream.state is not None}
+
+    def summary(self) -> Report:
+        """What the last call did, stream by stream; `print` shows a table."""
+        call = self._last
+        streams = call.streams if call is not None else {}
+        return Report(
+            streams={
+                "/".join(key): StreamReport(
+                    policy="not cached" if stream.policy is None else stream.policy.name,
+                    computed=tuple(stream.computed),
+                    seconds=stream.seconds - stream.setup,
+                    setup_seconds=stream.setup,
+                    state_bytes=stream.bytes,
+                )
+                for key, stream in streams.items()
+            },
+            unused=tuple(key for key in self._policies if key != ALL and key not in self._used),
+        )
+
+    # What the classes in standins.py ask ----------------------------------------------------------------------
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A call of the pipeline, in this thread."""
+        models = self._models()
+        self._check(models)
+        call = Call(self._pipe, models, self._policy_of, self._step_of, self._variant, separate=self._separate)
+        calls: list[Call] = self._here.__dict__.setdefault("calls", [])
+        calls.append(call)
+        self._last = call  # lets go of the one before, and of its memory
+        try:
+            yield
+        finally:
+            calls.pop()
+            self._separate |= call.separate
+            call.end()
+
+    def given(self, name: str) -> nn.Module | None:
+        """What stands in for a transformer in this thread now; None outside a call."""
+        calls: list[Call] = self._here.__dict__.get("calls", [])
+        return calls[-1].stand_ins.get(name) if calls else None
+
+    # Transformers, policies and steps -------------------------------------------------------------------------
+
+    def _models(self) -> dict[str, nn.Module]:
+        found = {name: self._pipe.__dict__[name] for name in self._names}
+        return {name: model for name, model in found.items() if model is not None}
+
+    def _check(self, models: dict[str, nn.Module]) -> None:
+        """Refuse early what would fail in the midst of an image."""
+        for name, model in models.items():
+            refuse(model)
+            refuse_hooks(name, model)
+            for key, policy in self._policies.items():
+                component, slash, _ = key.partition("/")
+                if component == name or not (slash or key in self._names):
+                    self._step(model, policy)
+
+    def _policy_of(self, component: str, stream: str) -> Policy | None:
+        for key in (f"{component}/{stream}", stream, component, ALL):
+            if key in self._policies:
+                self._used.add(key)
+                return self._policies[key]
+        return None
+
+    def _variant(self, policy: Policy, separate: bool | None) -> Policy:
+        """A policy for guidance in two calls a step, in a batch, or (None) without guidance: made once."""
+        guidance = policy.guidance
+        assert guidance is not None
+        if guidance.separate == separate:
+            return policy
+        if separate is None:
+            made = dataclasses.replace(policy, guidance=None, name=f"{policy.name} without guidance")
+        else:
+            made = dataclasses.replace(policy, guidance=dataclasses.replace(guidance, separate=separate))
+        return self._variants.setdefault((id(policy), separate), made)
+
+    def _step_of(self, component: str, policy: Policy) -> CachedStep:
+        return self._step(self._pipe.__dict__[component], policy)
+
+    def _step(self, model: nn.Module, policy: Policy) -> CachedStep:
+        """The step of a transformer, made once; it holds both, so that their ids stay theirs."""
+        with self._lock:
+            key = id(model), id(policy)
+            if key not in self._steps:
+                self._steps[key] = model, policy, CachedStep(model, policy)
+            return self._steps[key][2]
+
+
+def enable(pipe: DiffusionPipeline, policy: Any) -> Run:
+    """Switch caching on for a pipeline, until `run.disable()`. `cached` switches it off by itself.
+
+    Args:
+        pipe: a pipeline with a `transformer`. It is called as always; offloading, adapters and whatever is set on the
+            pipeline or its transformers in the meantime work as without a cache.
+        policy: a policy, or one of diffusers' cache configs as it is. Or a mapping to such: from a stream of the
+            pipeline ("cond"), a transformer ("transformer_2"), or both ("transformer_2/cond"), of which the more exact
+            one counts, as `run.summary()` names them; what it does not name is not cached.
+
+    Returns:
+        The run. `run.summary()` tells what the last call did, `run.states` what it logged.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: `pipe` is no pipeline or has a cache already, `policy` is no policy.
+        StructureError: the pipeline has no transformer, or something in the way of a cache: hooks of diffusers' own
+            caches, group offloading.
+
+    Example:
+        ```python
+        run = ckd.enable(pipe, ck.first_block_cache(threshold=0.1))
+        image = pipe("a cat", num_inference_steps=28).images[0]
+        print(run.summary())
+        run.disable()
+        ```
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ArgumentTypeError(
+            f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}. A transformer alone: cachekit.cache."
+        )
+    if hasattr(type(pipe), MARK):
+        raise ArgumentError(
+            f"`pipe` has caching enabled already, a {type(pipe).__name__}. Call disable() on that run first."
+        )
+    run = Run(pipe, _policies(policy))
+    pipe.__class__ = pipeline_class(type(pipe), run, run._names)
+    return run
+
+
+@contextmanager
+def cached(pipe: DiffusionPipeline, policy: Any) -> Iterator[Run]:
+    """Caching for a pipeline inside a `with` block. After it, or after an exception, nothing is left on the pipeline.
+
+    Args:
+        pipe, policy: as for `enable`.
+
+    Example:
+        ```python
+        with ckd.cached(pipe, FirstBlockCacheConfig(threshold=0.2)) as run:
+            image = pipe("a cat", num_inference_steps=28).images[0]
+        print(run.summary())
+        ```
+
+        MagCache in two steps: a calibration, then any number of images. Every stream has ratios of its own.
+
+        ```python
+        with ckd.cached(pipe, ck.mag_calibration()) as run:
+            pipe("a cat", num_inference_steps=28)
+        for stream, state in run.states.items():
+            ck.MagRatios.from_state(state).save(f"{stream.replace('/', '-')}.json")
+
+        ratios = {stream: ck.MagRatios.load(f"{stream.replace('/', '-')}.json") for stream in run.states}
+        with ckd.cached(pipe, {stream: ck.mag_cache(each) for stream, each in ratios.items()}):
+            image = pipe("a dog", num_inference_steps=28).images[0]
+        ```
+    """
+    run = enable(pipe, policy)
+    try:
+        yield run
+    finally:
+        run.disable()
+
+
+def _policies(policy: Any) -> dict[str, Policy]:
+    """The policies by what they are for."""
+    if not isinstance(policy, Mapping):
+        return {ALL: _policy("policy", policy)}
+    if not policy:
+        raise ArgumentError("`policy` is an empty mapping. Name at least one stream or transformer.")
+    for key in policy:
+        if not isinstance(key, str) or not key:
+            raise ArgumentTypeError(f"`policy` has the key {key!r}. Keys are names of streams, e.g. 'cond'.")
+    return {key: _policy(f"policy[{key!r}]", each) for key, each in policy.items()}
+
+
+def _policy(name: str, value: Any) -> Policy:
+    if isinstance(value, Policy):
+        return value
+    if is_config(value):
+        return from_config(value)
+    raise ArgumentTypeError(
+        f"`{name}` must be a Policy, a cache config of diffusers or a mapping to such, got {type(value).__name__}. Use "
+        "e.g. cachekit.first_block_cache(0.1)."
+    )
+
+
+def _transformers(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Names of the components that are transformers."""
+    names = tuple(
+        name
+        for name, component in vars(pipe).items()
+        if name.startswith("transformer") and isinstance(component, nn.Module)
+    )
+    if not names:
+        parts = ", ".join(name for name, component in pipe.components.items() if isinstance(component, nn.Module))
+        raise StructureError(
+            f"`pipe` {type(pipe).__name__} has no transformer; its models are {parts or 'none'}. Caching is for "
+            "diffusion transformers: for another model with a list of blocks use cachekit.cache."
+        )
+    return names

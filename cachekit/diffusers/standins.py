@@ -1,0 +1,92 @@
+"""What stands in for a pipeline and its transformers while a run is enabled. Neither of them is changed.
+
+A pipeline gets a class of its own, made from its class, in which a call opens a scope and, inside of it, the attributes
+that hold the transformers give others out. A transformer that is given out has a class of its own too, and shares
+everything it holds with the real one: its attributes are those of the real one, to read and to write. Only being called
+differs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+
+MARK = "_cachekit_run"
+
+
+class Scope(Protocol):
+    """What the classes made here ask."""
+
+    def opened(self) -> AbstractContextManager[None]:
+        """A call of the pipeline."""
+        ...
+
+    def given(self, name: str) -> nn.Module | None:
+        """What stands in for a transformer in this thread now; None outside a call."""
+        ...
+
+
+class _Slot:
+    """An attribute of a pipeline: what it holds, or what stands in for it."""
+
+    def __init__(self, scope: Scope, name: str) -> None:
+        self._scope = scope
+        self._name = name
+
+    def __get__(self, pipe: Any, owner: type | None = None) -> Any:
+        if pipe is None:
+            return self
+        given = self._scope.given(self._name)
+        return pipe.__dict__[self._name] if given is None else given
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        # Code that says `self.transformer = self.transformer.to(...)` means the real one.
+        if value is None or value is not self._scope.given(self._name):
+            pipe.__dict__[self._name] = value
+
+
+def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
+    """The class of a pipeline while a run is enabled on it."""
+    names = tuple(names)
+
+    @functools.wraps(base.__call__)
+    def call(self, *args, **kwargs):
+        with scope.opened():
+            return base.__call__(self, *args, **kwargs)
+
+    def components(self) -> dict[str, Any]:
+        # Offloading hangs hooks on what it finds here: on the real ones.
+        found = base.components.fget(self)  # type: ignore[attr-defined]
+        return {name: self.__dict__[name] if name in names else value for name, value in found.items()}
+
+    members = {name: _Slot(scope, name) for name in names}
+    made = {"__call__": call, "components": property(components), MARK: scope, **members}
+    about = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (base,), {**about, **made})
+
+
+def stand_in(
+    model: nn.Module, call: Callable[..., Any], context: Callable[..., AbstractContextManager[None]]
+) -> nn.Module:
+    """A module that is `model` in everything but being called.
+
+    Args:
+        model: a transformer of diffusers, compiled or not.
+        call: what to do instead.
+        context: what its `cache_context(name)` does. That of diffusers would tell its hooks, of which there are none,
+            and leave a registry of them on the model.
+    """
+    base = type(model)
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
+        "cache_context": lambda self, name, **kwargs: context(name),
+    }
+    made = object.__new__(type(base.__name__, (base,), members))
+    object.__setattr__(made, "__dict__", model.__dict__)
+    return made  # type: ignore[return-value]

@@ -1,0 +1,100 @@
+"""Pipelines whose transformers are compiled, offloaded, adapted or cast, under `cachekit.diffusers.cached`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import piping
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import LoraConfig
+
+import cachekit as ck
+import cachekit.diffusers as ckd
+
+
+def policy() -> ck.Policy:
+    return ck.first_block_cache(0.1)
+
+
+def whole(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+def every_weight(pipe: Any) -> None:
+    """What enable_sequential_cpu_offload does to each model; on a CPU alone it fails, cached or not, on "cpu:0"."""
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):
+            cpu_offload(model, torch.device("cpu"))
+
+
+def adapter(pipe: Any) -> None:
+    torch.manual_seed(0)
+    given = {"target_modules": ["to_q", "to_k", "to_v"], "init_lora_weights": False}
+    pipe.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, **given))
+
+
+# Whether the image is that of the same pipeline without the feature.
+FEATURES: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+    "compile_repeated_blocks": (
+        True,
+        lambda pipe: pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager"),
+    ),
+    "torch.compile": (True, whole),
+    "compile": (True, lambda pipe: pipe.transformer.compile(backend="eager")),
+    "model offload": (True, lambda pipe: pipe.enable_model_cpu_offload(device="cpu")),
+    "sequential offload": (True, every_weight),
+    "layerwise casting": (
+        False,
+        lambda pipe: pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+    ),
+    "LoRA": (False, adapter),
+}
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", ["wan", "flux_image"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_pipeline_with(feature, name):
+    alike, prepare = FEATURES[feature]
+    made = piping.piped(name)
+    prepare(made.pipe)
+    plain, held = piping.image(made), made.pipe.transformer
+    with ckd.cached(made.pipe, policy()) as run:
+        images = [piping.image(made), piping.image(made)]
+    assert torch.equal(*images) and 0 < piping.gap(images[0], plain) < 0.1
+    assert torch.equal(images[0], piping.cached(name, policy())[0]) == alike
+    assert all(len(set(stream.computed)) == 2 for stream in run.summary().streams.values())
+    with ckd.cached(made.pipe, ck.step_mask([1] * piping.STEPS)):
+        assert torch.equal(piping.image(made), plain)  # all computed: what the feature does is done
+    assert made.pipe.transformer is held and torch.equal(piping.image(made), plain)
+
+
+def test_an_adapter_is_added_between_two_calls():
+    made, expected = piping.piped("wan"), piping.piped("wan")
+    adapter(expected.pipe)
+    with ckd.cached(made.pipe, policy()), ckd.cached(expected.pipe, policy()):
+        before = piping.image(made)
+        adapter(made.pipe)
+        assert torch.equal(piping.image(made), piping.image(expected))
+        made.pipe.transformer.disable_adapters()
+        assert torch.equal(piping.image(made), before)
+
+
+def test_offloading_is_switched_on_between_two_calls():
+    made = piping.piped("wan")
+    with ckd.cached(made.pipe, policy()):
+        before = piping.image(made)
+        made.pipe.enable_model_cpu_offload(device="cpu")
+        assert torch.equal(piping.image(made), before) and torch.equal(piping.image(made), before)
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offloading_is_refused_before_anything_runs(offload_type):
+    made = piping.piped("flux")
+    how = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    made.pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **how)
+    with pytest.raises(ck.StructureError, match="group-offloaded"):
+        ckd.enable(made.pipe, policy())
