@@ -6,6 +6,7 @@ The `threshold` is that of the first block; all other settings are those of `gpu
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +21,7 @@ Run = Callable[[list[dict[str, Any]]], torch.Tensor]
 @contextlib.contextmanager
 def hooks(work: Workload, method: str, threshold: float) -> Iterator[Run | None]:
     """The hooks of diffusers."""
-    from diffusers import hooks as theirs
-
+    theirs: Any = importlib.import_module("diffusers.hooks")
     step = [0]
 
     def now() -> float:

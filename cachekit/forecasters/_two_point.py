@@ -55,7 +55,7 @@ def two_point(
     def factor(now: Clock, skips: Tensor) -> Tensor:
         if weight == "ramp":
             return now.step / (now.steps - 1).clamp(min=1)
-        given = weight(now.step, now.steps) if callable(weight) else weight
+        given: Any = weight(now.step, now.steps) if callable(weight) else weight
         share = given if isinstance(given, Tensor) else torch.full_like(skips, given)
         if not feedback:
             return share

@@ -39,7 +39,8 @@ class Arithmetic(NamedTuple):
 
 def arithmetic(policy: Policy) -> Arithmetic:
     """What this policy computes."""
-    forecaster, signal = policy.forecaster, policy.signal
+    forecaster = policy.forecaster
+    signal: Any = policy.signal  # asked only where there is one
 
     def measure(output, base, reference):
         return of_residual(signal, output, base, reference)

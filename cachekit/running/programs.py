@@ -104,11 +104,13 @@ class Programs:
 
 def captures(arguments: dict[str, Any]) -> bool:
     """Whether these arguments for torch.compile ask for CUDA graphs."""
+    from torch._inductor import config
+
     given = arguments.get("options") or {}
     if arguments.get("mode") is not None:
         given = {**torch._inductor.list_mode_options(arguments["mode"]), **given}
-    default = torch._inductor.config.triton.cudagraphs
-    return arguments.get("backend") == "cudagraphs" or bool(given.get("triton.cudagraphs", default))
+    asked = given.get("triton.cudagraphs", config.triton.cudagraphs)
+    return bool(asked) or arguments.get("backend") == "cudagraphs"
 
 
 def _carried_out(step: CachedStep, state: State, out: Any, updated: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
