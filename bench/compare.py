@@ -23,12 +23,9 @@ def key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in NAMES if name in row)
 
 
-def figure(row: dict[str, Any]) -> tuple[str, float]:
-    """The figure of a row, with its name."""
-    for name in FIGURES:
-        if name in row:
-            return name, row[name]
-    raise SystemExit(f"{' '.join(key(row))}: none of {', '.join(FIGURES)} is there. Is this a record of bench/?")
+def figure(row: dict[str, Any]) -> tuple[str, float] | None:
+    """The figure of a row, with its name; None for one that is only right or wrong."""
+    return next(((name, row[name]) for name in FIGURES if name in row), None)
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> tuple[list[str], bool]:
@@ -41,7 +38,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
             lines.append(f"{label:<80} {'':>10} gone")
             well = False
             continue
-        (kind, was), (_, now) = figure(row), figure(new[name])
+        first, second = figure(row), figure(new[name])
+        if first is None or second is None:
+            continue
+        (kind, was), (_, now) = first, second
         ratio = now / was if was else float("inf")
         worse = not ratio <= threshold  # a NaN is worse
         well = well and not worse

@@ -26,6 +26,7 @@ import importlib
 import importlib.util
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -95,9 +96,9 @@ class Bench(NamedTuple):
         """Bytes of device memory that were taken at most."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
-    def reaches(self, what: str) -> bool:
-        """Whether there is time for it; noted where not."""
-        if time.perf_counter() < self.until:
+    def reaches(self, what: str, needs: float = 0) -> bool:
+        """Whether there is time for it, of which it needs so many seconds; noted where not."""
+        if time.perf_counter() + needs < self.until:
             return True
         self.left_out.append(f"{what}: out of time")
         return False
@@ -122,9 +123,11 @@ def correct(bench: Bench) -> Iterator[dict[str, Any]]:
                 wide = pytree.tree_map(
                     lambda value: value.double() if isinstance(value, torch.Tensor) else value, given
                 )
-                pairs = zip(pytree.tree_leaves(case.ours(*given)), pytree.tree_leaves(case.plain(*wide)), strict=True)
-                for found, wanted in pairs:
-                    error = off(found, wanted)
+                results, rights = (pytree.tree_leaves(made) for made in (case.ours(*given), case.plain(*wide)))
+                # Of two sums one may be next to nothing: they count beside the larger.
+                size = max([right.abs() for right in rights if not right.ndim], default=torch.zeros(()))
+                for found, wanted in zip(results, rights, strict=True):
+                    error = off(found, wanted) if wanted.ndim else ((found - wanted).abs() / size).item()
                     if not error < (1e-5 if dtype == torch.float32 else 1e-2):
                         raise SystemExit(f"{case.name}, {dtype}, {shape}: off by {error:.1e} relative.")
                     worst = max(worst, error)
@@ -190,7 +193,7 @@ def loops(bench: Bench, work: Workload) -> Iterator[dict[str, Any]]:
         with regional(work.blocks, way == "regional"):
             plain = bench.seconds(lambda: [work.model(**each) for each in given])
         full[way] = plain / STEPS
-        yield label | {"method": "none", "way": way, "seconds": plain, "peak_bytes": bench.peak()}
+        yield label | {"method": "none", "way": way, "seconds": plain, "ratio": 1.0, "peak_bytes": bench.peak()}
     threshold = threshold_for(work)
     chosen, outputs = policies(threshold), {}
     for method, policy in chosen.items():
@@ -202,21 +205,30 @@ def loops(bench: Bench, work: Workload) -> Iterator[dict[str, Any]]:
                 yield label | found
         if wanted is not None:
             outputs[method] = wanted
-            yield from (label | row for row in peers(bench, work, method, threshold, wanted, "eager"))
+            yield from (label | row for row in peers(bench, work, method, threshold, wanted, "eager", full["eager"]))
     # Last, what takes minutes to compile. The hooks of the other methods are compiled anew at every step until the
     # compiler gives up.
-    for method in PROGRAMS:
-        if bench.reaches(f"{work.name}, {method}, programs"):
-            yield (
-                label | loop(bench, work, method, chosen[method], "programs", full["regional"], outputs.get(method))[0]
-            )
+    needs = 0.0 if bench.tiny else 90.0
+    if bench.reaches(f"{work.name}, programs", 2 * needs):
+        bench.fresh()
+        whole = torch.compile(lambda each: work.model(**each), fullgraph=True)
+        plain = bench.seconds(lambda: [whole(each) for each in given])
+        full["programs"] = plain / STEPS
+        yield label | {"method": "none", "way": "torch.compile", "seconds": plain, "ratio": 1.0}
+    for method in PROGRAMS if "programs" in full else ():
+        if bench.reaches(f"{work.name}, {method}, programs", needs):
+            found, _ = loop(bench, work, method, chosen[method], "programs", full["programs"], outputs.get(method))
+            yield label | found
     for method in PROGRAMS:
         if method in outputs:
-            yield from (label | row for row in peers(bench, work, method, threshold, outputs[method], "regional"))
+            ours = outputs[method]
+            yield from (
+                label | row for row in peers(bench, work, method, threshold, ours, "regional", full["regional"])
+            )
 
 
 def peers(
-    bench: Bench, work: Workload, method: str, threshold: float, ours: torch.Tensor, way: str
+    bench: Bench, work: Workload, method: str, threshold: float, ours: torch.Tensor, way: str, full: float
 ) -> Iterator[dict[str, Any]]:
     """The same pattern as others do it."""
     given = [work.inputs(i) for i in range(STEPS)]
@@ -234,8 +246,8 @@ def peers(
             bench.left_out.append(f"{work.name}, {method}, {name}: {type(error).__name__}: {str(error)[:200]}")
             continue
         difference = off(out, ours)
-        row = {"method": method, "way": name, "seconds": seconds, "difference_to_ours": difference}
-        yield row | {"peak_bytes": bench.peak()}
+        row = {"method": method, "way": name, "seconds": seconds, "ratio": seconds / (full * STEPS)}
+        yield row | {"difference_to_ours": difference, "peak_bytes": bench.peak()}
 
 
 class regional:  # noqa: N801
@@ -279,8 +291,9 @@ def loop(
     computed = sum(summary.computed)
     cut = work.without(method)
     blocks = [block for name in work.lists for block in getattr(cut, name)]
-    with regional(blocks, way != "eager"):
-        alone = bench.seconds(lambda: cut(**given[1]))
+    run_cut: Any = torch.compile(cut, fullgraph=True) if way == "programs" else cut
+    with regional(blocks, way == "regional"):
+        alone = bench.seconds(lambda: [run_cut(**each) for each in given]) / STEPS
     found = {
         "method": method,
         "way": way,
@@ -309,6 +322,8 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
         "first_block_cache": ck.first_block_cache(threshold_for(work)),
         "taylorseer": ck.taylorseer(4),
     }.items():
+        if not bench.reaches(f"graphs, {method}", 0 if bench.tiny else 60):
+            continue
         results: dict[str, Any] = {}
         for way, options in {
             "eager": None,
@@ -333,7 +348,8 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
             outs, state = run()
             decided = ck.summary(state).computed
             taken = torch.cuda.memory_reserved() - before if bench.device.type == "cuda" else 0
-            results[way] = (outs, decided)
+            seconds = bench.seconds(run)
+            results[way] = (outs, decided, seconds)
             error = off(outs, results["eager"][0])
             if decided != results["eager"][1] or not error < 1e-3:
                 raise SystemExit(f"graphs, {method}, {way}: off by {error:.1e}, or decided otherwise. Not timed.")
@@ -343,7 +359,8 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
                 "method": method,
                 "way": way,
                 "computed": sum(decided),
-                "seconds": bench.seconds(run),
+                "seconds": seconds,
+                "ratio": seconds / results["eager"][2],
                 "reserved_bytes": taken,
                 "worst_relative_error": error,
             }
@@ -359,6 +376,8 @@ def rows(part: str, bench: Bench) -> Iterator[dict[str, Any]]:
         shapes, batches = (["tiny"], [1]) if bench.tiny else (["flux", "wan", "hunyuan"], [1, 2])
         for row in kernel_bench.rows(shapes, batches, 2 if bench.tiny else 30, bench.device):
             yield {"part": "kernels", **row}
+            if not bench.reaches(f"kernels, after {row['kernel']} {row['shape']} {row['batch']}"):
+                return
     elif part == "graphs":
         yield from graphs(bench)
     else:
@@ -393,6 +412,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", default="all", choices=(*PARTS, "all"))
     parser.add_argument("--rounds", type=int, default=3, help="loops that are timed, a row")
     parser.add_argument("--minutes", type=float, default=8, help="after which a part begins no more rows")
+    parser.add_argument("--in-all", type=float, default=22, help="minutes after which no part does")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: to try the script")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON files")
     options = parser.parse_args()
@@ -407,22 +427,28 @@ def main() -> None:
     for name in ("diffusers", "cache_dit"):
         if importlib.util.find_spec(name) is None:
             left_out.append(f"{name}: not installed")
+    end, failed = time.perf_counter() + 60 * options.in_all, False
     for part in PARTS if options.part == "all" else (options.part,):
         if part != "kernels" and "diffusers: not installed" in left_out:
             left_out.append(f"{part}: needs diffusers, whose model classes it runs")
             continue
         start = time.perf_counter()
-        until = start + 60 * options.minutes
+        until = min(start + 60 * options.minutes, end)
         made = record(device, options.rounds)
         bench = Bench(device, options.dry_run, 1 if options.dry_run else options.rounds, until, left_out)
-        with torch.no_grad():
-            for row in rows(part, bench):
-                made["rows"].append(row)
-                print(short(row), flush=True)
-                write(made, options.out, f"gpu-{part}{suffix}", quiet=True)  # what is measured is kept, whatever comes
+        try:
+            with torch.no_grad():
+                for row in rows(part, bench):
+                    made["rows"].append(row)
+                    print(short(row), flush=True)
+                    write(made, options.out, f"gpu-{part}{suffix}", quiet=True)  # kept, whatever comes
+        except SystemExit as error:  # a wrong result ends its part, not the others
+            failed = True
+            left_out.append(f"{part}, WRONG: {error}")
         lines += [short(row) for row in made["rows"]] + [f"{part}: {time.perf_counter() - start:.0f} s"]
         bench.fresh()
     print("\n".join(["", *lines, *(f"left out: {what}" for what in left_out)]))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

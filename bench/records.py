@@ -14,10 +14,9 @@ import torch
 
 def record(device: torch.device | str, rounds: int) -> dict[str, Any]:
     """An empty record of a run on a device."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     made: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": processor(),
@@ -40,6 +39,20 @@ def write(made: dict[str, Any], folder: Path, name: str, *, quiet: bool = False)
     if not quiet:
         print(f"\nwritten: {path}")
     return path
+
+
+def commit() -> str:
+    """Which commit of this repository it is, and whether something is changed since; "unknown" outside of git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def processor() -> str:

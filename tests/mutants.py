@@ -129,29 +129,29 @@ MUTANTS = (
     ),
     # The factorial is gone.
     Mutant(
-        "forecasters/_taylor.py",
-        "power = power * offset / i",
-        "power = power * offset",
+        "../cachekit_kernels/reference.py",
+        "power = power * offset.to(wide) / i",
+        "power = power * offset.to(wide)",
         "test_forecasters.py::test_taylor_is_the_published_sum",
     ),
     # The first value minus nothing is no derivative.
     Mutant(
         "forecasters/_taylor.py",
-        "known = state.filled > i",
-        "known = state.filled >= i",
+        "known = state.filled > torch.arange",
+        "known = state.filled >= torch.arange",
         "test_forecasters.py::test_exact_on_constants",
     ),
     Mutant(
         "forecasters/_newton.py",
-        "product = product * (now.step - state.nodes[i])",
-        "product = product * (now.step - state.nodes[i + 1])",
+        "now.step - state.nodes, dtype",
+        "now.step - state.nodes.roll(-1), dtype",
         "test_forecasters.py::test_exact_on_lines",
     ),
     # Right on lines, and on curves as long as the spacing is even and the factor is not looked at.
     Mutant(
         "forecasters/_newton.py",
-        "spacing = torch.where(known, now.step - state.nodes[i], 1.0)",
-        "spacing = torch.where(known, now.step - state.nodes[0], 1.0)",
+        "now.step - state.nodes[:-1], 0.0",
+        "now.step - state.nodes[:1], 0.0",
         "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
     ),
 )

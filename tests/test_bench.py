@@ -64,6 +64,8 @@ def test_the_gpu_benchmark_runs_dry_and_writes_every_row(part, tmp_path):
     done = script(BENCH / "gpu.py", part, "--dry-run", "--out", tmp_path, interpreted=part == "kernels")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / f"gpu-{part}-dry-run.json").read_text())["rows"]
+    same = script(BENCH / "compare.py", *[tmp_path / f"gpu-{part}-dry-run.json"] * 2)
+    assert same.returncode == 0, same.stdout + same.stderr
     assert f"{part}: " in done.stdout.splitlines()[-2 if importlib.util.find_spec("cache_dit") is None else -1]
     if part == "kernels":
         assert {row["worst_relative_error"] < 1e-2 for row in rows if "worst_relative_error" in row} == {True}

@@ -174,6 +174,14 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.cachekit, name).default, CALLS[name]())
 
 
+def test_a_gradient_flows_where_there_is_no_formula_for_a_kernel():
+    base, residual = (draw((2, 3)).requires_grad_() for _ in range(2))
+    (total,) = kernels.apply_residual([base], [residual])
+    kernels.guidance_delta(total, residual, residual, torch.ones(2, device=DEVICE)).sum().backward()
+    torch.testing.assert_close(base.grad, torch.full_like(base, 2.0))
+    torch.testing.assert_close(residual.grad, torch.full_like(residual, 4.0))
+
+
 def test_misfits_are_named():
     with pytest.raises(ValueError, match=r"residual_norm: `reference` is \[2, 4\].*`output` is \[2, 3\]"):
         kernels.residual_norm(draw((2, 3)), draw((2, 3)), draw((2, 4)))

@@ -10,6 +10,7 @@ from test_module_parity import both_halves
 from torch._dynamo.utils import counters
 
 import cachekit as ck
+from cachekit.running.arithmetic import arithmetic
 
 STEPS = 50
 LAYOUTS = {"SD3": "BCHW", "Wan": "BCFHW", "CogVideoX": "BFCHW"}
@@ -122,3 +123,17 @@ def test_regional(method):
         step = ck.cache(specimen.model, policy)
         regional = step.compile(regional=True, backend="aot_eager")
         assert_same(run(regional, regional.init, specimen, 12), run(step, step.init, specimen, 12))
+
+
+def test_regional_arithmetic_goes_on_past_the_kinds_that_a_compiler_keeps():
+    policy = ck.taylorseer(2, order=2)
+    plain, now = arithmetic(policy), ck.forecasters.Clock(torch.tensor(3.0), torch.tensor(9.0))
+    compiled = plain.compiled({"backend": "eager", "fullgraph": True})
+    for streams in range(1, 5):
+        for rank in range(1, 5):
+            values = [torch.randn([2] * rank) for _ in range(streams)]
+            states = tuple(policy.forecaster.init(value) for value in values)
+            for _ in range(2):
+                states, same = (each.update(states, values, now) for each in (plain, compiled))
+                torch.testing.assert_close(same, states)
+            torch.testing.assert_close(compiled.predict(states, now), plain.predict(states, now))

@@ -13,6 +13,7 @@ import pytest
 from mutants import MUTANTS, Mutant
 
 TESTS = Path(__file__).parent
+KERNELS = TESTS.parent / "kernels" / "cachekit_kernels"
 PACKAGE = TESTS.parent / "cachekit"
 SUITES = ("conftest.py", "laws.py", "test_deciders.py", "test_forecasters.py")
 FAILED = 1  # pytest's exit status for tests that ran and failed, unlike those that could not be run
@@ -36,8 +37,10 @@ def run_laws(folder: Path, laws: Sequence[str]) -> subprocess.CompletedProcess[s
 
 
 def copy_package(folder: Path) -> Path:
-    """A copy of the package in `folder`."""
-    return Path(shutil.copytree(PACKAGE, folder / "cachekit", ignore=shutil.ignore_patterns("__pycache__")))
+    """A copy of the package, and of the kernels' references, in `folder`."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(KERNELS, folder / "cachekit_kernels", ignore=ignore)
+    return Path(shutil.copytree(PACKAGE, folder / "cachekit", ignore=ignore))
 
 
 def test_a_copy_without_a_mutant_passes(tmp_path):

@@ -154,3 +154,16 @@ def test_what_is_no_site():
         _, state = step(state, *feed(1))
         with pytest.raises(ck.StateError, match=r"At output the state holds .*make a new state with step\.init"):
             step(state, *feed(2, batch=3))
+
+
+@pytest.mark.parametrize("forecaster", [ck.forecasters.hold(), ck.forecasters.taylor(0), ck.forecasters.newton(0)])
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_is_returned_is_not_what_is_remembered(forecaster, donate):
+    step = ck.cache(dit.dit("two"), ck.step_mask(MASK, forecaster=forecaster, sites="output"), donate=donate)
+    wanted, _ = run(step)
+    with torch.no_grad():
+        state = step.init(STEPS, *feed(0))
+        for index, right in enumerate(wanted):
+            out, state = step(state, *feed(index))
+            torch.testing.assert_close(out, right)
+            out.fill_(1000.0)  # it is the caller's

@@ -52,18 +52,19 @@ def two_point(
     if feedback and not numeric:
         raise ArgumentError(f"`weight` must be a number with feedback=True, got {weight!r}.")
 
-    def factor(now: Clock, skips: Tensor) -> Tensor:
+    def factor(now: Clock, skips: Tensor, wide: torch.dtype) -> Tensor:
         if weight == "ramp":
             return now.step / (now.steps - 1).clamp(min=1)
         given: Any = weight(now.step, now.steps) if callable(weight) else weight
-        share = given if isinstance(given, Tensor) else torch.full_like(skips, given)
+        share = given if isinstance(given, Tensor) else torch.full_like(skips, given, dtype=wide)
         if not feedback:
             return share
         # Of forecasts that go on from each other each adds `weight` times what the one before added.
         return torch.where(share == 1, skips, share * (1 - share**skips) / torch.where(share == 1, 1.0, 1 - share))
 
     def forecast(state: TwoPointState, skips: Tensor, now: Clock) -> Tensor:
-        return kernels.taylor_predict((state.value, state.change), factor(now, skips))
+        wide = torch.promote_types(state.value.dtype, torch.float32)
+        return kernels.taylor_predict((state.value, state.change), factor(now, skips, wide))
 
     def init(value: Tensor) -> TwoPointState:
         zero = torch.zeros((), dtype=torch.float32, device=value.device)

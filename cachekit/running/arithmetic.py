@@ -33,7 +33,9 @@ class Arithmetic(NamedTuple):
     """`(bases, states, now) -> bases + values`."""
 
     def compiled(self, options: dict[str, Any]) -> Arithmetic:
-        """The same, each function one compiled graph for every kind of site."""
+        """The same, each function compiled for every kind of site that it meets."""
+        # Not `fullgraph`: past the compiler's limit of kinds (numbers of tensors, ranks, grad modes) it runs as it is.
+        options = {**options, "fullgraph": False}
         return Arithmetic(*(torch.compile(fresh(function), **options) for function in self))
 
 

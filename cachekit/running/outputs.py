@@ -204,9 +204,12 @@ def _tensors_of(frame: Frame, output: Output, out: Any) -> list[Tensor]:
 
 
 def _foreseen(frame: Frame, output: Output) -> list[Tensor]:
-    values = frame["arithmetic"].predict(frame["sites"][output.name], frame["now"])
+    states, timed = frame["sites"][output.name], frame["forecaster"].timed
+    values = frame["arithmetic"].predict(states, frame["now"])
     values = [value.to(dtype) for value, dtype in zip(values, output.dtypes, strict=True)]
-    return [value.clone() for value in values] if output.copied and not frame["forecaster"].timed else values
+    # What is remembered must not be what is returned: an extrapolation of order 0 is, as what is held.
+    held = pytree.tree_leaves(states) if output.copied else []
+    return [value.clone() if held and (not timed or any(value is leaf for leaf in held)) else value for value in values]
 
 
 def _assembled(output: Output, values: list[Tensor]) -> Any:

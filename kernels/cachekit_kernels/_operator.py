@@ -29,7 +29,7 @@ CUTS_OFF = tl and tl.constexpr(INTERPRETED)
 
 
 def runs_on(*tensors: Tensor, fusible: bool = False) -> bool:
-    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16.
+    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16, without a gradient.
 
     Args:
         *tensors: all that is read.
@@ -37,6 +37,8 @@ def runs_on(*tensors: Tensor, fusible: bool = False) -> bool:
             after, which a kernel would keep apart, so inside a graph the reference stands.
     """
     if triton is None or (fusible and torch.compiler.is_compiling()):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     return all(
         tensor.dtype in DTYPES and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))

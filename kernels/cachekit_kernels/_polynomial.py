@@ -84,7 +84,7 @@ def taylor_predict(factors: Sequence[Tensor], offset: Tensor, *, dtype: torch.dt
 
     Source: TaylorSeer, arXiv 2503.06923, equation 5.
     """
-    if not _fits(factors, dtype):
+    if not _fits(factors, offset, 0, dtype):
         return plain.taylor_predict(factors, offset, dtype=dtype)
     return _polynomial(list(factors), offset, dtype or factors[0].dtype, True)
 
@@ -94,13 +94,15 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
 
     As `taylor_predict`, with `offsets` [order] or more: steps since the last update, the one before it, and so on.
     """
-    if not _fits(differences, dtype):
+    if not _fits(differences, offsets, 1, dtype):
         return plain.newton_predict(differences, offsets, dtype=dtype)
     return _polynomial(list(differences), offsets, dtype or differences[0].dtype, False)
 
 
-def _fits(factors: Sequence[Tensor], dtype: torch.dtype | None) -> bool:
+def _fits(factors: Sequence[Tensor], offset: Tensor, ndim: int, dtype: torch.dtype | None) -> bool:
     same("predict", **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
+    if offset.ndim != ndim or offset.device != factors[0].device:
+        return False
     return dtype in (None, *DTYPES) and runs_on(*factors, fusible=True) and len(factors) <= MOST + 1
 
 

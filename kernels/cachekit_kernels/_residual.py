@@ -109,7 +109,7 @@ def _sums(residual: Tensor, reference: Tensor, rows: bool, output: Tensor | None
     partial = residual.new_empty((2, count, programs), dtype=torch.float32)
     launch(
         _sums_kernel,
-        (programs, count),
+        (count, programs),  # there may be more rows than the second axis of a grid can count
         residual,
         reference.contiguous(),
         residual if output is None else output,
@@ -138,8 +138,8 @@ def _sums_kernel(
     SUBTRACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    program = tl.program_id(1)
     start = row.to(tl.int64) * size
     lanes = tl.arange(0, BLOCK)
     change = tl.zeros((BLOCK,), tl.float32)
@@ -161,7 +161,7 @@ def _sums_kernel(
         total += tl.abs(reference)
     to = row * programs + program
     tl.store(partial_ptr + to, tl.sum(change, 0))
-    tl.store(partial_ptr + tl.num_programs(1) * programs + to, tl.sum(total, 0))
+    tl.store(partial_ptr + tl.num_programs(0) * programs + to, tl.sum(total, 0))
 
 
 def _fake_ratio(residual: Tensor, reference: Tensor) -> Tensor:
