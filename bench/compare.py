@@ -39,7 +39,11 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
             well = False
             continue
         first, second = figure(row), figure(new[name])
-        if first is None or second is None:
+        if first is None:
+            continue
+        if second is None:
+            lines.append(f"{label:<80} {'':>10} no figure any more")
+            well = False
             continue
         (kind, was), (_, now) = first, second
         ratio = now / was if was else float("inf")

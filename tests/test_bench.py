@@ -34,6 +34,7 @@ def row(method, ratio):
         ([row("a", 1.2), row("b", 0.1)], 1, "WORSE"),
         ([row("a", float("nan")), row("b", 0.1)], 1, "WORSE"),
         ([row("a", 1.0)], 1, "gone"),
+        ([row("a", 1.0), {k: v for k, v in row("b", 0.1).items() if k != "ratio"}], 1, "no figure"),
         ([row("a", 1.0), row("b", 0.1), row("c", 9.0)], 0, "new"),
     ],
 )
