@@ -71,7 +71,8 @@ def two_point(
         return TwoPointState(torch.zeros_like(value), torch.zeros_like(value), zero, zero.clone())
 
     def update(state: TwoPointState, value: Tensor, now: Clock, *, donate: bool = False) -> TwoPointState:
-        before = forecast(state, now.step - state.last - 1, now) if feedback else state.value
+        # At the first value there was no forecast before: 0 ** -1 would be infinite.
+        before = forecast(state, (now.step - state.last - 1).clamp(min=0), now) if feedback else state.value
         known = torch.where(state.filled > 0, 1.0, 0.0)
         if donate and feedback:
             before = state.value.copy_(before)

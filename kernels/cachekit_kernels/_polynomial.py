@@ -185,8 +185,7 @@ def _update_kernel(
 
 @jit
 def _difference(factor, before, spacing):
-    known = spacing != 0
-    return tl.where(known, (factor - before) / tl.where(known, spacing, 1.0), 0.0)
+    return (factor - before) / tl.where(spacing != 0, spacing, float("inf"))
 
 
 def _fake_polynomial(factors: list[Tensor], offsets: Tensor, dtype: torch.dtype, factorial: bool) -> Tensor:

@@ -40,8 +40,8 @@ def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor) -> 
     for i, before in enumerate(factors):
         made.append(factor.to(before.dtype))
         if i + 1 < len(factors):
-            known = spacings[i] != 0
-            factor = torch.where(known, (factor - before.to(wide)) / torch.where(known, spacings[i], 1.0), 0.0)
+            # Without a spacing there is no difference: dividing by infinity says so in no pass of its own.
+            factor = (factor - before.to(wide)) / torch.where(spacings[i] != 0, spacings[i], torch.inf)
     return made
 
 
@@ -54,7 +54,7 @@ def taylor_predict(factors: Sequence[Tensor], offset: Tensor, *, dtype: torch.dt
     total, power = factors[0].to(wide), 1.0
     for i, factor in enumerate(factors[1:], 1):
         power = power * offset.to(wide) / i
-        total = total + factor.to(wide) * power
+        total = torch.addcmul(total, factor.to(wide), power)
     return total.to(dtype or factors[0].dtype)
 
 
@@ -64,7 +64,7 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
     total, product = differences[0].to(wide), 1.0
     for i, difference in enumerate(differences[1:]):
         product = product * offsets[i].to(wide)
-        total = total + difference.to(wide) * product
+        total = torch.addcmul(total, difference.to(wide), product)
     return total.to(dtype or differences[0].dtype)
 
 
