@@ -117,8 +117,8 @@ MUTANTS = (
     # The change from a forecast, not from what was computed.
     Mutant(
         "forecasters/_two_point.py",
-        "before = forecast(state, now.step - state.last - 1, now) if feedback else state.value",
-        "before = forecast(state, now.step - state.last - 1, now)",
+        "before = forecast(state, (now.step - state.last - 1).clamp(min=0), now) if feedback else state.value",
+        "before = forecast(state, (now.step - state.last - 1).clamp(min=0), now)",
         "test_forecasters.py::test_two_points_by_a_number",
     ),
     Mutant(

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-import zoo
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 import cachekit.diffusers as ckd
+from cachekit.diffusers import zoo
 
 STEPS = 8
 

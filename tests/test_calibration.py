@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import zoo
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from torch import Tensor, nn
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 STEPS = 12
 TOLERANCE = 1e-4  # diffusers adds 1e-8 to every norm it divides by

@@ -9,9 +9,9 @@ import torch
 from dit import CHANNELS, DiT
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
-from zoo import specimen
 
 import cachekit as ck
+from cachekit.diffusers.zoo import specimen
 
 CLASSES = ("Flux", "SD3", "Wan", "CogVideoX", "QwenImage")
 RATIOS = [1.0, 1.02, 0.99, 1.01, 0.98, 1.0]

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 STEPS = 5
 SKIPPING = (True, False, True, False, False)

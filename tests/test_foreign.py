@@ -9,7 +9,6 @@ import types
 import dit
 import pytest
 import torch
-import zoo
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 MASK = ck.step_mask([1, 0, 1, 0, 0, 1])
 STEPS = 4

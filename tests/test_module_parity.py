@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import zoo
 from diffusers.hooks import (
     FasterCacheConfig,
     PyramidAttentionBroadcastConfig,
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 STEPS = 12
 TOLERANCE = 1e-5  # of the norm, float32

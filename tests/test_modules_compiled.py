@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 from test_compiled import error, spec
 from test_module_parity import both_halves
 from torch._dynamo.utils import counters
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 from cachekit.running.arithmetic import arithmetic
 
 STEPS = 50

@@ -8,13 +8,13 @@ import byhand
 import dit
 import pytest
 import torch
-import zoo
 from dit import feed
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 STEPS = 9
 MASK = (1, 0, 1, 1, 0, 0, 1, 0, 0)

@@ -10,9 +10,9 @@ import byhand
 import pytest
 import torch
 from torch.utils import _pytree as pytree
-from zoo import specimen
 
 import cachekit as ck
+from cachekit.diffusers.zoo import specimen
 
 pytestmark = pytest.mark.compiles
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import dit
 import pytest
 import torch
-import zoo
 from dit import Reference, feed
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.diffusers import zoo
 
 STEPS = 8
 MASK = (1, 0, 1, 0, 0, 1, 0, 0)

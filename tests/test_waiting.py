@@ -7,9 +7,9 @@ from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
-from zoo import specimen
 
 import cachekit as ck
+from cachekit.diffusers.zoo import specimen
 from cachekit.running import waiting
 from cachekit.running.waiting import Waiting, arrived, cutting, may_wait
 

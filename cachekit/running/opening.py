@@ -191,10 +191,9 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
             parts.append(type(leaf))
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     kind = torch.device(device).type
-    cast = (
-        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-    )
-    return tuple(parts), str(treespec), str(device), cast
+    # Of meta tensors torch knows no autocast, only how to fail when asked for its dtype.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return tuple(parts), str(treespec), str(device), torch.get_autocast_dtype(kind) if casts else None
 
 
 def _usable(device: torch.device | str) -> torch.device:

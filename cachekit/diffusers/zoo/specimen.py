@@ -1,17 +1,10 @@
-"""Tiny random models of diffusers' transformer classes, with the inputs of each denoising step.
-
-A specimen has the structure of the real class (block lists, glue, streams) at a width of 64 or less. It also
-behaves like a trained model where a cache cares: no block is the identity, the output depends on the
-timestep, and from one step to the next latents and residuals change by some per cent. `zoo_more.py` has
-the classes beyond `REQUIRED`.
-"""
+"""What a specimen is, how a recipe is registered, and what recipes share."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +16,8 @@ BATCH = 2
 TEXT = 6  # text tokens; unlike any number of image tokens, so that no two streams have the same shape
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LATENT = {"in_channels": 4, "out_channels": 4}
+PACKED = {"in_channels": 8, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 8)}
+BOTH = {"num_layers": 3, "num_single_layers": 3}
 TIME_EMBEDDERS = (
     "TimestepEmbedding",
     "TimestepEmbedder",
@@ -30,10 +25,6 @@ TIME_EMBEDDERS = (
     "MLPEmbedder",
     "EmbedScalar",
     "Approximator",
-)
-REQUIRED = (
-    *("Flux", "Flux2", "SD3", "QwenImage", "Wan", "CogVideoX", "LTX", "Mochi"),
-    *("HunyuanVideo", "Latte", "PixArt", "AuraFlow", "Lumina2"),
 )
 
 
@@ -202,139 +193,4 @@ def rotary(draw: Draw, length: int, width: int = 16) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-@recipe("Flux", "FluxTransformer2DModel")
-def _flux(cls: Any, draw: Draw) -> Built:
-    sizes = {
-        "in_channels": 8,
-        "joint_attention_dim": 24,
-        "pooled_projection_dim": 20,
-        "axes_dims_rope": (4, 4, 8),
-    }
-    model = cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, guidance_embeds=True)
-    return model, Feed(
-        packed(draw),
-        {
-            **text(draw),
-            "pooled_projections": draw(BATCH, 20),
-            "img_ids": grid(4, 4, columns=3),
-            "txt_ids": torch.zeros(TEXT, 3),
-            "guidance": torch.full((BATCH,), 3.5),
-        },
-        clock=1.0,
-    )
-
-
-@recipe("Flux2", "Flux2Transformer2DModel")
-def _flux2(cls: Any, draw: Draw) -> Built:
-    sizes = {"in_channels": 8, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4)}
-    model = cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, timestep_guidance_channels=32)
-    ids = {"img_ids": grid(1, 4, 4, 1), "txt_ids": grid(1, 1, 1, TEXT)}
-    return model, Feed(packed(draw), {**text(draw), **ids, "guidance": torch.full((BATCH,), 4.0)}, clock=1.0)
-
-
-@recipe("SD3", "SD3Transformer2DModel")
-def _sd3(cls: Any, draw: Draw) -> Built:
-    sizes = {
-        "sample_size": 8,
-        "pos_embed_max_size": 8,
-        "joint_attention_dim": 24,
-        "caption_projection_dim": 32,
-    }
-    extras = {"pooled_projection_dim": 20, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
-    model = cls(**HEADS, **LATENT, **sizes, **extras, num_layers=4)
-    return model, Feed(image(draw), {**text(draw), "pooled_projections": draw(BATCH, 20)})
-
-
-@recipe("QwenImage", "QwenImageTransformer2DModel")
-def _qwen_image(cls: Any, draw: Draw) -> Built:
-    sizes = {"in_channels": 8, "out_channels": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 8)}
-    model = cls(**HEADS, **sizes, num_layers=3)
-    fixed = {"encoder_hidden_states_mask": mask(torch.bool), "img_shapes": [[(1, 4, 4)]] * BATCH}
-    return model, Feed(packed(draw), {**text(draw), **fixed}, clock=1.0)
-
-
-@recipe("Wan", "WanTransformer3DModel")
-def _wan(cls: Any, draw: Draw) -> Built:
-    model = cls(**HEADS, **LATENT, text_dim=24, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=16)
-    return model, Feed(video(draw), text(draw))
-
-
-@recipe("CogVideoX", "CogVideoXTransformer3DModel")
-def _cogvideox(cls: Any, draw: Draw) -> Built:
-    sizes = {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT}
-    extras = {"time_embed_dim": 24, "text_embed_dim": 24, "use_rotary_positional_embeddings": True}
-    model = cls(**HEADS, **LATENT, **sizes, **extras, num_layers=3)
-    moving = {"hidden_states": draw(BATCH, 2, 4, 8, 8)}
-    return model, Feed(moving, {**text(draw), "image_rotary_emb": rotary(draw, 32)}, dtype=torch.int64)
-
-
-@recipe("LTX", "LTXVideoTransformer3DModel")
-def _ltx(cls: Any, draw: Draw) -> Built:
-    sizes = {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 24}
-    fixed = {"encoder_attention_mask": mask(), "num_frames": 2, "height": 4, "width": 4}
-    return cls(**HEADS, **sizes, num_layers=3), Feed(packed(draw, frames=2), {**text(draw), **fixed})
-
-
-@recipe("Mochi", "MochiTransformer3DModel")
-def _mochi(cls: Any, draw: Draw) -> Built:
-    sizes = {"pooled_projection_dim": 24, "text_embed_dim": 24, "time_embed_dim": 32}
-    model = cls(**HEADS, **sizes, in_channels=4, num_layers=4)
-    return model, Feed(video(draw), {**text(draw), "encoder_attention_mask": mask(torch.bool)})
-
-
-@recipe("HunyuanVideo", "HunyuanVideoTransformer3DModel")
-def _hunyuan_video(cls: Any, draw: Draw) -> Built:
-    layers = {"num_layers": 3, "num_single_layers": 3, "num_refiner_layers": 2}
-    sizes = {"text_embed_dim": 24, "pooled_projection_dim": 20, "rope_axes_dim": (4, 4, 8)}
-    fixed = {"pooled_projections": draw(BATCH, 20), "guidance": torch.full((BATCH,), 6000.0)}
-    fixed["encoder_attention_mask"] = mask(torch.int64)
-    return cls(**HEADS, **LATENT, **layers, **sizes), Feed(video(draw), {**text(draw), **fixed})
-
-
-@recipe("Latte", "LatteTransformer3DModel")
-def _latte(cls: Any, draw: Draw) -> Built:
-    sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2, "video_length": 3}
-    sizes |= {"cross_attention_dim": 32, "caption_channels": 24, "num_embeds_ada_norm": 1000}
-    norm = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6}
-    model = cls(**HEADS, **sizes, **norm, num_layers=3, attention_bias=True, activation_fn="gelu-approximate")
-    return model, Feed(video(draw, frames=3), text(draw))
-
-
-@recipe("PixArt", "PixArtTransformer2DModel")
-def _pixart(cls: Any, draw: Draw) -> Built:
-    sizes = {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 24}
-    model = cls(**HEADS, **sizes, sample_size=8, num_layers=3, use_additional_conditions=False)
-    fixed = {
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "encoder_attention_mask": mask(),
-    }
-    return model, Feed(image(draw), {**text(draw), **fixed})
-
-
-@recipe("AuraFlow", "AuraFlowTransformer2DModel")
-def _aura_flow(cls: Any, draw: Draw) -> Built:
-    sizes = {
-        "sample_size": 8,
-        "pos_embed_max_size": 16,
-        "joint_attention_dim": 24,
-        "caption_projection_dim": 32,
-    }
-    model = cls(**HEADS, **LATENT, **sizes, num_mmdit_layers=3, num_single_dit_layers=3)
-    return model, Feed(image(draw), text(draw), clock=1.0)
-
-
-@recipe("Lumina2", "Lumina2Transformer2DModel")
-def _lumina2(cls: Any, draw: Draw) -> Built:
-    sizes = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "cap_feat_dim": 24, "multiple_of": 8}
-    heads = {
-        "num_attention_heads": 2,
-        "num_kv_heads": 1,
-        "axes_dim_rope": (4, 4, 8),
-        "axes_lens": (32, 16, 16),
-    }
-    model = cls(**sizes, **heads, num_layers=3, num_refiner_layers=2)
-    return model, Feed(image(draw), {**text(draw), "encoder_attention_mask": mask(torch.bool)}, clock=1.0)
-
-
-import_module(f"{__package__}.zoo_more" if __package__ else "zoo_more")
-NAMES: tuple[str, ...] = tuple(BUILDERS)
+IDS = {"img_ids": grid(4, 4, columns=3), "txt_ids": torch.zeros(TEXT, 3)}
