@@ -2,6 +2,7 @@
 
 from cachekit import deciders, forecasters, signals
 from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError
+from cachekit.explain import Explanation
 from cachekit.guidance import Tokens
 from cachekit.methods import (
     MagRatios,
@@ -27,6 +28,7 @@ __all__ = [
     "CacheError",
     "CachedStep",
     "Chain",
+    "Explanation",
     "MagRatios",
     "Plan",
     "Policy",

@@ -1,57 +1,108 @@
-"""What a step would do, as text."""
+"""What a step would do, before anything runs."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachekit.guidance import GUIDANCE
+from cachekit.plan import Plan
 from cachekit.state import State, human_bytes, state_bytes
-from cachekit.structure.layout import ALL, Found, Layout
+from cachekit.structure.layout import Found, Layout
 
 if TYPE_CHECKING:
-    from cachekit.plan import Plan
     from cachekit.transform import CachedStep
 
 
-def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None) -> str:
-    """Chains, sites, bytes of state and the plan: see `CachedStep.explain`."""
-    rows = [f"{type(step.opened.original).__name__} under {step.policy.name}"]
-    how = "a forward on fake tensors" if found.faked else "one real forward (it branches on data or is patched)"
-    rows.append(f"found by {how}" + (f": {len(found.chains)} chains" if found.chains else ""))
-    if found.chains:
-        rows.append(f"leading chain: {found.leader} ({found.reason})")
-    rows += [f"always runs: {entry}" for entry in found.left]
-    rows.append(f"{'site':<58} {'modules':>7} {'tensors':>7} {'state':>10}")
-    for name, modules, tensors, held in _sites(found, state):
-        rows.append(f"{name:<58} {modules:>7} {tensors:>7} {human_bytes(state_bytes(held)):>10}")
-    rows.append(f"total state: {human_bytes(state_bytes(state))} ({state_bytes(state)} bytes)")
-    if plan is None:
-        rows.append(f"plan: none, decided step by step ({step.policy.deciders[ALL].name})")
-    else:
-        rows.append(f"plan: {plan}")
+class SiteRow(NamedTuple):
+    """A site, or those that differ by their number alone."""
+
+    name: str
+    modules: int | None  # None for the model as a whole
+    tensors: int  # remembered of each call
+    state_bytes: int
+
+
+class Explanation(NamedTuple):
+    """Chains, sites, bytes of state and the plan; `str` is a table."""
+
+    model: str  # name of its class
+    policy: str
+    faked: bool  # found by a forward on fake tensors, not by a real one
+    chains: int
+    leader: str | None  # the chain that decides, and why it does
+    left: tuple[str, ...]  # what always runs
+    sites: tuple[SiteRow, ...]
+    state_bytes: int
+    plan: Plan | None  # None where it is decided step by step
+    decider: str
+    programs: int | None  # of `step.compile()`, where they are known
+
+    def __str__(self) -> str:
+        rows = [f"{self.model} under {self.policy}"]
+        how = "a forward on fake tensors" if self.faked else "one real forward (it branches on data or is patched)"
+        rows.append(f"found by {how}" + (f": {self.chains} chains" if self.chains else ""))
+        if self.leader:
+            rows.append(f"leading chain: {self.leader}")
+        rows += [f"always runs: {entry}" for entry in self.left]
+        rows.append(f"{'site':<58} {'modules':>7} {'tensors':>7} {'state':>10}")
+        for row in self.sites:
+            modules = "-" if row.modules is None else row.modules
+            rows.append(f"{row.name:<58} {modules:>7} {row.tensors:>7} {human_bytes(row.state_bytes):>10}")
+        rows.append(f"total state: {human_bytes(self.state_bytes)} ({self.state_bytes} bytes)")
+        if self.plan is None:
+            rows.append(f"plan: none, decided step by step ({self.decider})")
+        else:
+            rows.append(f"plan: {self.plan}")
+            rows.append(f"programs of step.compile(): {self.programs}")
+        return "\n".join(rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        plan = self.plan and {"computed": list(self.plan.computed), "kinds": {**self.plan.kinds}}
+        return {**self._asdict(), "sites": [row._asdict() for row in self.sites], "plan": plan}
+
+
+def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None) -> Explanation:
+    """What `CachedStep.explain` returns."""
+    programs = None
+    if plan is not None:
         guidance = step.policy.guidance
         calls = len(set(plan.kinds[GUIDANCE])) if guidance is not None and guidance.separate else 0
-        rows.append(f"programs of step.compile(): {plan.actions + (step.policy.front > 0) + calls}")
-    return "\n".join(rows)
+        programs = plan.actions + (step.policy.front > 0) + calls
+    return Explanation(
+        model=type(step.opened.original).__name__,
+        policy=step.policy.name,
+        faked=found.faked,
+        chains=len(found.chains),
+        leader=f"{found.leader} ({found.reason})" if found.chains else None,
+        left=tuple(found.left),
+        sites=tuple(_sites(found, state)),
+        state_bytes=state_bytes(state),
+        plan=plan,
+        decider=", ".join(decider.name for decider in step.policy.deciders.values()),
+        programs=programs,
+    )
 
 
-def _sites(found: Found, state: State):
-    """Name, number of modules, tensors remembered of each call, and what is held."""
+def _sites(found: Found, state: State) -> Iterator[SiteRow]:
     layout: Layout = found.layout
     for span in layout.spans:
         if span.front:
-            yield f"{span.name} (probe, always runs)", len(span.paths), 1, state.reference
+            yield SiteRow(f"{span.name} (probe, always runs)", len(span.paths), 1, state_bytes(state.reference))
         elif span.name in state.sites:
-            yield span.name, len(span.paths), len(span.streams), state.sites[span.name]
+            yield SiteRow(span.name, len(span.paths), len(span.streams), state_bytes(state.sites[span.name]))
     if layout.output is not None:
-        yield layout.output.name, "-", len(layout.output.dtypes), state.sites[layout.output.name]
+        held = state_bytes(state.sites[layout.output.name])
+        yield SiteRow(layout.output.name, None, len(layout.output.dtypes), held)
     if layout.guided is not None:
-        yield f"{layout.guided.name} (the unconditional half)", "-", 2, state.sites[layout.guided.name]
+        held = state_bytes(state.sites[layout.guided.name])
+        yield SiteRow(f"{layout.guided.name} (the unconditional half)", None, 2, held)
     for kind, names in found.kinds.items():
         alike: dict[str, list[str]] = {}
         for name in names:
             alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
         for pattern, members in alike.items():
-            held = [state.sites[name] for name in members]
-            yield f"{kind}: {pattern}", len(members), len(held[0]), held
+            each = [state.sites[name] for name in members]
+            yield SiteRow(f"{kind}: {pattern}", len(members), len(each[0]), state_bytes(each))

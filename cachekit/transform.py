@@ -15,7 +15,7 @@ from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
-from cachekit.explain import explanation
+from cachekit.explain import Explanation, explanation
 from cachekit.forecasters import Clock
 from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
 from cachekit.plan import Plan
@@ -278,8 +278,11 @@ class CachedStep(nn.Module):
         plans = {group: plan_of(self.policy.deciders[group], timesteps) for group in groups}
         return Plan(tuple(map(all, zip(*plans.values(), strict=True))), plans if self.policy.grouped else {})
 
-    def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> str:
-        """What would happen, before anything runs: chains, sites, bytes of state, the plan."""
+    def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> Explanation:
+        """What would happen, before anything runs: chains, sites, bytes of state, the plan.
+
+        A model on the `meta` device, with arguments there, costs no memory.
+        """
         with torch.no_grad():
             state = self.init(timesteps, *args, device=device, **kwargs)
         found = self._find(args, kwargs, device)

@@ -202,7 +202,7 @@ def test_a_second_trajectory_and_bytes():
     first = separate(step)
     again = separate(step, state=step.init_like(first[2]))
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
-    assert f"({ck.summary(first[2]).state_bytes} bytes)" in step.explain(TIMES, *feed(0, True))
+    assert f"({ck.summary(first[2]).state_bytes} bytes)" in str(step.explain(TIMES, *feed(0, True)))
 
 
 def test_what_does_not_fit():
@@ -298,7 +298,7 @@ def test_the_unconditional_program_follows_the_model():
 
 def test_explain_counts_the_programs_of_both_calls():
     step = ck.cache(byhand.net(), policy())
-    text = step.explain(TIMES, *feed(0, True))
+    text = str(step.explain(TIMES, *feed(0, True)))
     counters.clear()
     separate(step.compile(backend="aot_eager"))
     assert f"programs of step.compile(): {counters['stats']['unique_graphs']}" in text

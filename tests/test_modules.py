@@ -119,7 +119,7 @@ def test_sites_by_name():
     step = ck.cache(model, ck.pyramid_attention_broadcast(2, mlp=3, patterns=by_kind))
     _, state = run(step, TIMES)
     assert set(state.sites) == {f"blocks.{n}.{name}" for n in range(3) for name in ("cross", "mlp")}
-    assert "spatial: blocks.*.cross" in step.explain(TIMES, *feed(0))
+    assert "spatial: blocks.*.cross" in str(step.explain(TIMES, *feed(0)))
 
 
 class Strange(nn.Module):
@@ -161,7 +161,7 @@ def test_what_cannot_be_left_out_always_runs_and_is_said():
     model = Strange()
     policy = ck.Policy("all", ck.deciders.interval(2), ck.forecasters.hold(), sites="attention")
     step = ck.cache(model, policy)
-    said = step.explain(STEPS, *feed(0))
+    said = str(step.explain(STEPS, *feed(0)))
     assert "always runs: blocks.0.leaving: it leaves 'last' behind" in said
     assert "always runs: blocks.1.writing: it writes to its argument 0" in said
     state = step.init(STEPS, *feed(0))
@@ -173,7 +173,7 @@ def test_what_cannot_be_left_out_always_runs_and_is_said():
 
 def test_bytes_and_plan_are_said_before_anything_runs():
     step = ck.cache(byhand.net(), ck.taylorseer(3, warmup=2))
-    said = step.explain(STEPS, *feed(0))
+    said = str(step.explain(STEPS, *feed(0)))
     _, state = run(step)
     total = re.search(r"total state: .* \((\d+) bytes\)", said)
     assert total and int(total[1]) == ck.summary(state).state_bytes
@@ -291,7 +291,7 @@ def test_kinds_that_the_model_has_not_cost_nothing():
     _, state = run(step, TIMES)
     assert ck.summary(state).computed == tuple(index % 2 == 0 for index in range(STEPS))
     assert step.plan(TIMES).kinds.keys() == {"spatial"}
-    text = step.explain(TIMES, *feed(0))
+    text = str(step.explain(TIMES, *feed(0)))
     assert "temporal" not in text.partition("plan:")[2]
     assert "programs of step.compile(): 2" in text
 
@@ -328,5 +328,5 @@ def test_attention_with_positions_in_query_and_key_is_no_cross_attention():
                 x = block(x)
             return x
 
-    text = ck.cache(Model(), ck.taylorseer(3, sites="attention")).explain(4, torch.randn(1, 6, 8))
+    text = str(ck.cache(Model(), ck.taylorseer(3, sites="attention")).explain(4, torch.randn(1, 6, 8)))
     assert "spatial: blocks.*.attn" in text

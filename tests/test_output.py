@@ -117,7 +117,7 @@ def test_every_way_to_run_is_the_same(decider, forecaster):
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_bytes_said_are_bytes_held(decider):
     step = ck.cache(dit.dit("two"), policy(decider, "newton 2"))
-    said = re.search(r"total state: .* \((\d+) bytes\)", step.explain(STEPS, *feed(0)))
+    said = re.search(r"total state: .* \((\d+) bytes\)", str(step.explain(STEPS, *feed(0))))
     _, state = run(step)
     assert int(said[1]) == ck.summary(state).state_bytes
     assert list(state.sites) == ["output"]

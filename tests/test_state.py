@@ -106,7 +106,7 @@ def test_mag_cache_holds_one_residual_per_chain_and_stream(flow, held):
     by_hand = sum(batch * row * dit.WIDTH * 4 for row in rows)
     assert by_hand == sum(leaf.untyped_storage().nbytes() for leaf in cached)
     counters = 8 + STEPS * (8 + 1 + 1 + 8)  # step; timesteps, plan, computed, signal
-    said = re.search(r"total state: .* \((\d+) bytes\)", step.explain(STEPS, *feed(0, batch)))
+    said = re.search(r"total state: .* \((\d+) bytes\)", str(step.explain(STEPS, *feed(0, batch))))
     measured = sum(leaf.untyped_storage().nbytes() for leaf in pytree.tree_leaves(state))
     assert int(said[1]) == measured == by_hand + counters == ck.summary(state).state_bytes
 
@@ -116,7 +116,7 @@ def test_mag_cache_holds_one_residual_per_chain_and_stream(flow, held):
 def test_bytes_said_are_bytes_held(name):
     for flow in ("plain", "two"):
         step = ck.cache(dit.dit(flow), POLICIES[name])
-        said = re.search(r"\((\d+) bytes\)", step.explain(STEPS, *feed(0)))
+        said = re.search(r"\((\d+) bytes\)", str(step.explain(STEPS, *feed(0))))
         _, state = go(step, step.init(STEPS, *feed(0)), range(STEPS))
         assert int(said[1]) == sum(leaf.untyped_storage().nbytes() for leaf in pytree.tree_leaves(state))
 

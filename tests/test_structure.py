@@ -171,7 +171,7 @@ def test_the_first_block_is_measured_against_the_last_computed_step():
 
 def test_a_refiner_is_told_apart_from_the_main_list():
     step = ck.cache(dit.dit("refined"), ck.first_block_cache(0.1))
-    lines = step.explain(STEPS, *feed(0)).splitlines()
+    lines = str(step.explain(STEPS, *feed(0))).splitlines()
     assert lines[2].startswith("leading chain: blocks.0..blocks.3 (")
     assert "refiner before it refines one input alone" in lines[2]
     assert "always runs: refiner.0..refiner.1: runs before the leading chain" in lines
@@ -321,7 +321,7 @@ def test_a_model_that_branches_on_data_is_discovered_by_a_real_forward(mode):
     with mode():
         inputs = feed(0)
         step = ck.cache(Writes(), ck.step_mask(MASK))
-        assert "one real forward (it branches on data" in step.explain(STEPS, *inputs)
+        assert "one real forward (it branches on data" in str(step.explain(STEPS, *inputs))
         assert list(step.init(STEPS, *inputs).sites) == ["blocks.0..blocks.2"]
         for value, fresh in zip(inputs, feed(0), strict=True):
             assert torch.equal(value, fresh), "init wrote to its arguments"
@@ -398,7 +398,7 @@ def test_the_model_is_left_as_it_was(flow):
     keys = {name: set(module.__dict__) for name, module in modules.items()}
     before = copy.deepcopy(model.state_dict())
     step = ck.cache(model, ck.first_block_cache(0.1))
-    step.explain(STEPS, *feed(0))
+    str(step.explain(STEPS, *feed(0)))
     run(step)
     assert dict(model.named_modules()) == modules
     assert all(module is modules[name] for name, module in model.named_modules())

@@ -28,8 +28,9 @@ class Method(NamedTuple):
 
 
 def _pyramid(every: int) -> ck.Policy:
-    ranges = {f"{kind}_range": ALWAYS for kind in ("spatial", "temporal", "cross")}
-    return ck.pyramid_attention_broadcast(every, every, every, **ranges)
+    return ck.pyramid_attention_broadcast(
+        every, every, every, spatial_range=ALWAYS, temporal_range=ALWAYS, cross_range=ALWAYS
+    )
 
 
 def _faster(attention: int, uncond: int | None = None, layout: Any = "BCFHW") -> ck.Policy:
@@ -47,9 +48,7 @@ METHODS: dict[str, Method] = {
     "taylorseer": Method(lambda _: ck.taylorseer(1), lambda _: ck.taylorseer(2, warmup=2)),
     "pyramid_attention_broadcast": Method(lambda _: _pyramid(1), lambda _: _pyramid(2)),
     "faster_cache": Method(lambda _: _faster(1), lambda _: _faster(2)),
-    "faster_cache, guidance": Method(
-        lambda layout: _faster(1, 1, layout), lambda layout: _faster(1, 2, layout)
-    ),
+    "faster_cache, guidance": Method(lambda layout: _faster(1, 1, layout), lambda layout: _faster(1, 2, layout)),
 }
 """The five of diffusers' guide; the two halves of FasterCache apart, since a model can allow one and not the other."""
 
@@ -95,9 +94,7 @@ def cover(name: str, methods: tuple[str, ...] = tuple(METHODS), *, compiled: boo
         return [_try(specimen, method, uncached, compiled and not broken, broken) for method in methods]
 
 
-def _try(
-    specimen: zoo.Specimen, method: str, uncached: list[list[Tensor]], compiled: bool, broken: str
-) -> Finding:
+def _try(specimen: zoo.Specimen, method: str, uncached: list[list[Tensor]], compiled: bool, broken: str) -> Finding:
     kind = type(specimen.model).__name__
     layout = _layout(uncached[0][0])
     pattern = ""

@@ -25,9 +25,9 @@ from cachekit.diffusers import digits
 PACKAGES = ("torch", "diffusers", "scikit-learn", "matplotlib")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo") -> None:
     """Run everything and write the report."""
-    args = arguments(argv)
+    args = arguments(argv, prog)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
 
-    write(args.out, rows, trials, sentences, facts, args)
+    record = write(args.out, rows, trials, sentences, facts, args)
+    if args.json:
+        print(record)
+        return
     print(report.table(rows))
     print("\n* The other steps leave out attention, or attention and feed-forward networks, and run the rest.")
     print("Last two columns: dB of PSNR over fewer Euler steps with as many computed steps, and in as much time.\n")
@@ -62,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nWrote {args.out / 'report.html'} after {time.perf_counter() - started:.0f} s.")
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m cachekit.demo",
+        prog=prog,
         description="Sample digits with and without caches; print a table and write a report.",
+        epilog=f"For example: {prog} --short --out demo_output/short",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the report")
@@ -76,6 +80,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--short", action="store_true", help="fewer digits, steps and settings: half a minute at most")
     parser.add_argument("--compile", action="store_true", help="compile every step first; takes many minutes more")
+    parser.add_argument("--json", action="store_true", help="print what results.json holds instead of the table")
     parser.add_argument("--weights", type=Path, default=digits.WEIGHTS, help="of the digits model")
     args = parser.parse_args(argv)
     if args.digits_per_class is None:
@@ -111,8 +116,8 @@ def write(
     sentences: Sequence[str],
     facts: dict[str, str],
     args: argparse.Namespace,
-) -> None:
-    """Write report.html, its pictures as files, and results.json."""
+) -> str:
+    """Write report.html, its pictures as files, and results.json; what that holds."""
     reference = trials[0].samples
     images = {"pattern": pictures.pattern(rows), "speed": pictures.speed(rows)}
     for n, trial in enumerate(trials):
@@ -152,7 +157,9 @@ def write(
             for row in rows
         ],
     }
-    (out / "results.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, allow_nan=False)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ timestep, and from one step to the next latents and residuals change by some per
 A new class is one more recipe, in `images.py`, `videos.py` or `sound.py`.
 """
 
+from cachekit.diffusers.inputs import Draw, schedule
 from cachekit.diffusers.zoo import images, sound, videos  # noqa: F401  (their recipes)
-from cachekit.diffusers.zoo.specimen import BUILDERS, TEXT, Draw, Specimen, schedule, specimen
+from cachekit.diffusers.zoo.specimen import BUILDERS, TEXT, Specimen, specimen
 
 NAMES: tuple[str, ...] = tuple(BUILDERS)
 """All that the installed diffusers has."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cachekit.diffusers.inputs import Draw, Feed, grid, rotary
 from cachekit.diffusers.zoo.specimen import (
     BATCH,
     BOTH,
@@ -16,14 +17,10 @@ from cachekit.diffusers.zoo.specimen import (
     PACKED,
     TEXT,
     Built,
-    Draw,
-    Feed,
-    grid,
     image,
     mask,
     packed,
     recipe,
-    rotary,
     text,
 )
 
@@ -36,26 +33,13 @@ def _flux(cls: Any, draw: Draw) -> Built:
         "pooled_projection_dim": 20,
         "axes_dims_rope": (4, 4, 8),
     }
-    model = cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, guidance_embeds=True)
-    return model, Feed(
-        packed(draw),
-        {
-            **text(draw),
-            "pooled_projections": draw(BATCH, 20),
-            "img_ids": grid(4, 4, columns=3),
-            "txt_ids": torch.zeros(TEXT, 3),
-            "guidance": torch.full((BATCH,), 3.5),
-        },
-        clock=1.0,
-    )
+    return cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, guidance_embeds=True)
 
 
 @recipe("Flux2", "Flux2Transformer2DModel")
 def _flux2(cls: Any, draw: Draw) -> Built:
     sizes = {"in_channels": 8, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 4, 4)}
-    model = cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, timestep_guidance_channels=32)
-    ids = {"img_ids": grid(1, 4, 4, 1), "txt_ids": grid(1, 1, 1, TEXT)}
-    return model, Feed(packed(draw), {**text(draw), **ids, "guidance": torch.full((BATCH,), 4.0)}, clock=1.0)
+    return cls(**HEADS, **sizes, num_layers=3, num_single_layers=3, timestep_guidance_channels=32)
 
 
 @recipe("SD3", "SD3Transformer2DModel")
@@ -67,27 +51,19 @@ def _sd3(cls: Any, draw: Draw) -> Built:
         "caption_projection_dim": 32,
     }
     extras = {"pooled_projection_dim": 20, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
-    model = cls(**HEADS, **LATENT, **sizes, **extras, num_layers=4)
-    return model, Feed(image(draw), {**text(draw), "pooled_projections": draw(BATCH, 20)})
+    return cls(**HEADS, **LATENT, **sizes, **extras, num_layers=4)
 
 
 @recipe("QwenImage", "QwenImageTransformer2DModel")
 def _qwen_image(cls: Any, draw: Draw) -> Built:
     sizes = {"in_channels": 8, "out_channels": 2, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 8)}
-    model = cls(**HEADS, **sizes, num_layers=3)
-    fixed = {"encoder_hidden_states_mask": mask(torch.bool), "img_shapes": [[(1, 4, 4)]] * BATCH}
-    return model, Feed(packed(draw), {**text(draw), **fixed}, clock=1.0)
+    return cls(**HEADS, **sizes, num_layers=3)
 
 
 @recipe("PixArt", "PixArtTransformer2DModel")
 def _pixart(cls: Any, draw: Draw) -> Built:
     sizes = {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 24}
-    model = cls(**HEADS, **sizes, sample_size=8, num_layers=3, use_additional_conditions=False)
-    fixed = {
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "encoder_attention_mask": mask(),
-    }
-    return model, Feed(image(draw), {**text(draw), **fixed})
+    return cls(**HEADS, **sizes, sample_size=8, num_layers=3, use_additional_conditions=False)
 
 
 @recipe("AuraFlow", "AuraFlowTransformer2DModel")
@@ -98,8 +74,7 @@ def _aura_flow(cls: Any, draw: Draw) -> Built:
         "joint_attention_dim": 24,
         "caption_projection_dim": 32,
     }
-    model = cls(**HEADS, **LATENT, **sizes, num_mmdit_layers=3, num_single_dit_layers=3)
-    return model, Feed(image(draw), text(draw), clock=1.0)
+    return cls(**HEADS, **LATENT, **sizes, num_mmdit_layers=3, num_single_dit_layers=3)
 
 
 @recipe("Lumina2", "Lumina2Transformer2DModel")
@@ -111,15 +86,13 @@ def _lumina2(cls: Any, draw: Draw) -> Built:
         "axes_dim_rope": (4, 4, 8),
         "axes_lens": (32, 16, 16),
     }
-    model = cls(**sizes, **heads, num_layers=3, num_refiner_layers=2)
-    return model, Feed(image(draw), {**text(draw), "encoder_attention_mask": mask(torch.bool)}, clock=1.0)
+    return cls(**sizes, **heads, num_layers=3, num_refiner_layers=2)
 
 
 @recipe("Chroma", "ChromaTransformer2DModel")
 def _chroma(cls: Any, draw: Draw) -> Built:
     approximator = {"approximator_num_channels": 64, "approximator_hidden_dim": 32, "approximator_layers": 2}
-    model = cls(**HEADS, **PACKED, **BOTH, **approximator)
-    return model, Feed(packed(draw), {**text(draw), **IDS}, clock=1.0)
+    return cls(**HEADS, **PACKED, **BOTH, **approximator)
 
 
 @recipe("Bria", "BriaTransformer2DModel")
@@ -199,10 +172,7 @@ def _cogview3_plus(cls: Any, draw: Draw) -> Built:
 @recipe("CogView4", "CogView4Transformer2DModel")
 def _cogview4(cls: Any, draw: Draw) -> Built:
     sizes = {"text_embed_dim": 24, "time_embed_dim": 24, "condition_dim": 8, "rope_axes_dim": (8, 8)}
-    model = cls(**HEADS, **LATENT, **sizes, num_layers=3, sample_size=8)
-    side = torch.full((BATCH, 2), 64.0)
-    fixed = {"original_size": side, "target_size": side, "crop_coords": torch.zeros(BATCH, 2)}
-    return model, Feed(image(draw), {**text(draw), **fixed, "attention_mask": mask(torch.int64)})
+    return cls(**HEADS, **LATENT, **sizes, num_layers=3, sample_size=8)
 
 
 @recipe("GlmImage", "GlmImageTransformer2DModel")
@@ -236,8 +206,7 @@ def _hunyuan_dit(cls: Any, draw: Draw) -> Built:
 @recipe("Sana", "SanaTransformer2DModel")
 def _sana(cls: Any, draw: Draw) -> Built:
     cross = {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32}
-    model = cls(**HEADS, **LATENT, **cross, caption_channels=24, num_layers=3, sample_size=8, patch_size=2)
-    return model, Feed(image(draw), {**text(draw), "encoder_attention_mask": mask()})
+    return cls(**HEADS, **LATENT, **cross, caption_channels=24, num_layers=3, sample_size=8, patch_size=2)
 
 
 @recipe("DiT", "DiTTransformer2DModel")

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cachekit.diffusers.zoo.specimen import BATCH, HEADS, LATENT, Built, Draw, Feed, mask, recipe, rotary, text
+from cachekit.diffusers.inputs import Draw, Feed, rotary
+from cachekit.diffusers.zoo.specimen import BATCH, HEADS, LATENT, Built, mask, recipe, text
 
 
 @recipe("StableAudio", "StableAudioDiTModel")

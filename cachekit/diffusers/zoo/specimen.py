@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models import transformers
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from cachekit.diffusers import inputs
+from cachekit.diffusers.inputs import Draw, Feed, Size, grid, schedule, trajectory
 
 BATCH = 2
+TINY = Size(batch=BATCH, frames=2, height=8, width=8, text=6)
 TEXT = 6  # text tokens; unlike any number of image tokens, so that no two streams have the same shape
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LATENT = {"in_channels": 4, "out_channels": 4}
@@ -37,39 +40,16 @@ class Specimen(NamedTuple):
     timesteps: tuple[float, ...]  # 12 steps, on the scale 0..1000
 
 
-class Feed(NamedTuple):
-    """What a builder says about the forward's arguments."""
-
-    moving: dict[str, Any]  # the denoised arguments at step 0: tensors, or lists of tensors
-    fixed: dict[str, Any]  # the same at every step
-    clock: float = 1000.0  # the timestep of step 0
-    dtype: torch.dtype = torch.float32
-    shape: tuple[int, ...] = (BATCH,)
-    time: str = "timestep"
-
-
-class Draw:
-    """A seeded source of random tensors."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, *shape: int) -> Tensor:
-        """Standard normal numbers."""
-        return torch.randn(shape, generator=self.generator)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """Integers in [0, high)."""
-        return torch.randint(high, shape, generator=self.generator)
-
-
-Built = tuple[nn.Module, Feed]
+Built = nn.Module | tuple[nn.Module, Feed]
 Builder = Callable[[Any, Draw], Built]
 BUILDERS: dict[str, tuple[type[nn.Module], Builder]] = {}
 
 
 def recipe(name: str, model_class: str) -> Callable[[Builder], Builder]:
-    """Register a builder `(class, draw) -> (model, feed)`, unless this diffusers lacks the class."""
+    """Register a builder `(class, draw) -> (model, feed)`, unless this diffusers lacks the class.
+
+    A builder that gives the model alone leaves its inputs to `cachekit.diffusers.inputs`.
+    """
 
     def register(builder: Builder) -> Builder:
         if hasattr(transformers, model_class):
@@ -77,11 +57,6 @@ def recipe(name: str, model_class: str) -> Callable[[Builder], Builder]:
         return builder
 
     return register
-
-
-def schedule(step: int) -> float:
-    """The timestep of a step, on the scale 0..1000: falling for ever, never zero."""
-    return round(1000 * 0.94**step, 3)
 
 
 def specimen(name: str, seed: int = 0) -> Specimen:
@@ -92,26 +67,19 @@ def specimen(name: str, seed: int = 0) -> Specimen:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # moved classes, uncompiled flex attention: none of a test's business
         torch.manual_seed(seed)
-        model, feed = builder(model_class, Draw(seed + 1))
+        draw = Draw(seed + 1)
+        built = builder(model_class, draw)
+        model, feed = built if isinstance(built, tuple) else (built, _feed(built, draw))
         model.eval().float()
         wake(model, Draw(seed + 2))
-        inputs = trajectory(feed, Draw(seed + 3))
-        smooth(model, inputs)
-    return Specimen(name, model, inputs, tuple(schedule(step) for step in range(12)))
+        moves = trajectory(feed, seed + 3)
+        smooth(model, moves)
+    return Specimen(name, model, moves, tuple(schedule(step) for step in range(12)))
 
 
-def trajectory(feed: Feed, draw: Draw) -> Callable[[int], dict[str, Any]]:
-    """The inputs of every step: what moves turns slowly towards fresh noise, so that its variance stays."""
-    noise = tree_map(lambda value: draw(*value.shape), feed.moving)
-
-    def inputs(step: int) -> dict[str, Any]:
-        near, far = math.cos(0.05 * step), math.sin(0.05 * step)
-        moving = tree_map(lambda a, b: near * a + far * b, feed.moving, noise)
-        fixed = tree_map(lambda value: value, feed.fixed)  # fresh containers: a forward may pop from its own
-        time = torch.full(feed.shape, schedule(step) * feed.clock / 1000).to(feed.dtype)
-        return {**moving, **fixed, feed.time: time}
-
-    return inputs
+def _feed(model: nn.Module, draw: Draw) -> Feed:
+    video = inputs.kind(type(model).__name__).frames > 0
+    return inputs.feed(model, TINY if video else TINY._replace(frames=1), draw)
 
 
 @torch.no_grad()
@@ -176,21 +144,7 @@ def text(draw: Draw, width: int = 24, length: int = TEXT) -> dict[str, Any]:
 
 def mask(dtype: torch.dtype = torch.float32, length: int = TEXT) -> Tensor:
     """A text mask; the second sample's text ends a token early."""
-    keep = torch.ones(BATCH, length, dtype=dtype)
-    keep[1:, -1] = 0
-    return keep
-
-
-def grid(*sizes: int, columns: int | None = None) -> Tensor:
-    """Position ids of a grid's cells, padded with zero columns on the left."""
-    ids = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).float().reshape(-1, len(sizes))
-    return nn.functional.pad(ids, ((columns or len(sizes)) - len(sizes), 0))
-
-
-def rotary(draw: Draw, length: int, width: int = 16) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each given twice in a row, as a pipeline computes them."""
-    angles = draw(length, width // 2).repeat_interleave(2, dim=1)
-    return angles.cos(), angles.sin()
+    return inputs.mask(TINY._replace(text=length), dtype)
 
 
 IDS = {"img_ids": grid(4, 4, columns=3), "txt_ids": torch.zeros(TEXT, 3)}

@@ -6,20 +6,18 @@ from typing import Any
 
 import torch
 
+from cachekit.diffusers.inputs import Draw, Feed, feed, grid, rotary
 from cachekit.diffusers.zoo.specimen import (
     BATCH,
     BOTH,
     HEADS,
     LATENT,
     TEXT,
+    TINY,
     Built,
-    Draw,
-    Feed,
-    grid,
     mask,
     packed,
     recipe,
-    rotary,
     text,
     video,
 )
@@ -33,40 +31,34 @@ INDICES = ("text_indices", "video_indices", "audio_indices")
 
 @recipe("Wan", "WanTransformer3DModel")
 def _wan(cls: Any, draw: Draw) -> Built:
-    model = cls(**HEADS, **LATENT, text_dim=24, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=16)
-    return model, Feed(video(draw), text(draw))
+    return cls(**HEADS, **LATENT, text_dim=24, freq_dim=32, ffn_dim=48, num_layers=3, rope_max_seq_len=16)
 
 
 @recipe("CogVideoX", "CogVideoXTransformer3DModel")
 def _cogvideox(cls: Any, draw: Draw) -> Built:
     sizes = {"sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": TEXT}
     extras = {"time_embed_dim": 24, "text_embed_dim": 24, "use_rotary_positional_embeddings": True}
-    model = cls(**HEADS, **LATENT, **sizes, **extras, num_layers=3)
-    moving = {"hidden_states": draw(BATCH, 2, 4, 8, 8)}
-    return model, Feed(moving, {**text(draw), "image_rotary_emb": rotary(draw, 32)}, dtype=torch.int64)
+    return cls(**HEADS, **LATENT, **sizes, **extras, num_layers=3)
 
 
 @recipe("LTX", "LTXVideoTransformer3DModel")
 def _ltx(cls: Any, draw: Draw) -> Built:
     sizes = {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 24}
-    fixed = {"encoder_attention_mask": mask(), "num_frames": 2, "height": 4, "width": 4}
-    return cls(**HEADS, **sizes, num_layers=3), Feed(packed(draw, frames=2), {**text(draw), **fixed})
+    model = cls(**HEADS, **sizes, num_layers=3)
+    return model, feed(model, TINY._replace(height=4, width=4), draw)
 
 
 @recipe("Mochi", "MochiTransformer3DModel")
 def _mochi(cls: Any, draw: Draw) -> Built:
     sizes = {"pooled_projection_dim": 24, "text_embed_dim": 24, "time_embed_dim": 32}
-    model = cls(**HEADS, **sizes, in_channels=4, num_layers=4)
-    return model, Feed(video(draw), {**text(draw), "encoder_attention_mask": mask(torch.bool)})
+    return cls(**HEADS, **sizes, in_channels=4, num_layers=4)
 
 
 @recipe("HunyuanVideo", "HunyuanVideoTransformer3DModel")
 def _hunyuan_video(cls: Any, draw: Draw) -> Built:
     layers = {"num_layers": 3, "num_single_layers": 3, "num_refiner_layers": 2}
     sizes = {"text_embed_dim": 24, "pooled_projection_dim": 20, "rope_axes_dim": (4, 4, 8)}
-    fixed = {"pooled_projections": draw(BATCH, 20), "guidance": torch.full((BATCH,), 6000.0)}
-    fixed["encoder_attention_mask"] = mask(torch.int64)
-    return cls(**HEADS, **LATENT, **layers, **sizes), Feed(video(draw), {**text(draw), **fixed})
+    return cls(**HEADS, **LATENT, **layers, **sizes)
 
 
 @recipe("Latte", "LatteTransformer3DModel")
@@ -74,8 +66,7 @@ def _latte(cls: Any, draw: Draw) -> Built:
     sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2, "video_length": 3}
     sizes |= {"cross_attention_dim": 32, "caption_channels": 24, "num_embeds_ada_norm": 1000}
     norm = {"norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6}
-    model = cls(**HEADS, **sizes, **norm, num_layers=3, attention_bias=True, activation_fn="gelu-approximate")
-    return model, Feed(video(draw, frames=3), text(draw))
+    return cls(**HEADS, **sizes, **norm, num_layers=3, attention_bias=True, activation_fn="gelu-approximate")
 
 
 @recipe("HunyuanVideoI2V", "HunyuanVideoTransformer3DModel")
@@ -238,10 +229,7 @@ def _hunyuan_video15(cls: Any, draw: Draw) -> Built:
 @recipe("Kandinsky5", "Kandinsky5Transformer3DModel")
 def _kandinsky5(cls: Any, draw: Draw) -> Built:
     sizes = {"in_text_dim": 24, "in_text_dim2": 20, "time_dim": 24, "model_dim": 32, "ff_dim": 48}
-    model = cls(**sizes, num_text_blocks=2, num_visual_blocks=3, axes_dims=(4, 4, 8))
-    fixed = {"pooled_projections": draw(BATCH, 20), "text_rope_pos": torch.arange(TEXT)}
-    fixed |= {"visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)]}
-    return model, Feed({"hidden_states": draw(BATCH, 2, 8, 8, 4)}, {**text(draw), **fixed})
+    return cls(**sizes, num_text_blocks=2, num_visual_blocks=3, axes_dims=(4, 4, 8))
 
 
 @recipe("Kandinsky6", "Kandinsky6Transformer3DModel")

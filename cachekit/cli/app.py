@@ -1,0 +1,23 @@
+"""All commands, each in a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from cachekit.cli import bench, coverage, demo, explain
+
+app = typer.Typer(
+    name="cachekit",
+    help="Caching for diffusion transformers: look at a model, measure it, see which methods work on it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the help is plain text: it is read in logs, too
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=explain.EXAMPLES)(explain.explain)
+app.command(epilog=bench.EXAMPLES)(bench.bench)
+app.command(epilog=coverage.EXAMPLES)(coverage.coverage)
+# The demo has its own options, the same as `python -m cachekit.demo`.
+OWN = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(add_help_option=False, context_settings=OWN)(demo.demo)
