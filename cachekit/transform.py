@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -196,28 +198,35 @@ class CachedStep(nn.Module):
         """
         times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
+        state = self._allocate(found, times)
+        self._forms[tuple(state.sites)] = _form_of(state)
+        self._begun[state.timesteps] = self.opened.epoch
+        return _mark(state)
+
+    def _allocate(self, found: Found, times: Tensor, mode: AbstractContextManager[Any] | None = None) -> State:
+        """The state before step 0; what is remembered of the model is made under `mode`."""
         plan, decider = self._fresh(times, found.layout)
-        sites = {
-            site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
-            for site, specs in zip(found.layout.sites, found.specs, strict=True)
-            if site is not found.layout.guided
-        }
-        if found.layout.guided is not None:
-            sites[found.layout.guided.name] = self._guide(_zeros(found.specs[-1][0]), times, plan)
+        weights: Any = self._weights(times, plan) if found.layout.guided is not None else ()
         computed, signal = fresh_log(len(times))
-        state = State(
+        with mode or nullcontext():
+            sites = {
+                site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
+                for site, specs in zip(found.layout.sites, found.specs, strict=True)
+                if site is not found.layout.guided
+            }
+            if found.layout.guided is not None:
+                sites[found.layout.guided.name] = self._guide(_zeros(found.specs[-1][0]), *weights)
+            reference = _zeros(found.reference) if found.reference is not None else ()
+        return State(
             step=torch.zeros((), dtype=torch.int64),
             timesteps=times,
             plan=plan,
             decider=decider,
-            reference=_zeros(found.reference) if found.reference is not None else (),
+            reference=reference,
             sites=sites,
             computed=computed,
             signal=signal,
         )
-        self._forms[tuple(sites)] = _form_of(state)
-        self._begun[state.timesteps] = self.opened.epoch
-        return _mark(state)
 
     def init_like(self, state: State, timesteps: int | Sequence[float] | Tensor | None = None) -> State:
         """A fresh state of the same shapes, for another image: no discovery.
@@ -234,7 +243,7 @@ class CachedStep(nn.Module):
         guided = layout.guided
         if guided is not None:
             (before,) = state.sites[guided.name]
-            sites[guided.name] = self._guide(before.low.to(guided.dtypes[0]), times, plan)
+            sites[guided.name] = self._guide(before.low.to(guided.dtypes[0]), *self._weights(times, plan))
         fresh = State(
             step=torch.zeros_like(state.step),
             timesteps=times,
@@ -261,10 +270,13 @@ class CachedStep(nn.Module):
         found = {site.group for layout in layouts for site in layout.sites if isinstance(site, Output)}
         return [group for group in self.policy.deciders if group in found or not self.policy.grouped]
 
-    def _guide(self, cond: Tensor, times: Tensor, plan: Any) -> tuple[Any]:
+    def _weights(self, times: Tensor, plan: Any) -> tuple[Any, Any]:
+        return times.tolist(), plan[GUIDANCE].tolist()
+
+    def _guide(self, cond: Tensor, times: list[float], computed: list[bool]) -> tuple[Any]:
         guidance = self.policy.guidance
         assert guidance is not None
-        return (guidance.init(cond, times.tolist(), plan[GUIDANCE].tolist()),)
+        return (guidance.init(cond, times, computed),)
 
     def plan(self, timesteps: int | Sequence[float] | Tensor) -> Plan | None:
         """The actions of a trajectory where they are known beforehand, None where they depend on the data.
@@ -281,11 +293,13 @@ class CachedStep(nn.Module):
     def explain(self, timesteps: int | Sequence[float] | Tensor, /, *args, device=None, **kwargs) -> Explanation:
         """What would happen, before anything runs: chains, sites, bytes of state, the plan.
 
-        A model on the `meta` device, with arguments there, costs no memory.
+        The state is not allocated, and no weights are needed: the model may be on the `meta` device. The arguments say
+        where it would run.
         """
-        with torch.no_grad():
-            state = self.init(timesteps, *args, device=device, **kwargs)
+        times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
+        with torch.no_grad():
+            state = self._allocate(found, times, FakeTensorMode(allow_non_fake_inputs=True))
         return explanation(self, found, state, self.plan(timesteps))
 
     # Running -------------------------------------------------------------------------------------------------

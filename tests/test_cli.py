@@ -170,12 +170,22 @@ def test_a_method_that_a_model_refuses_does_not_end_the_others(monkeypatch):
 # What a sampler would pass -----------------------------------------------------------------------------------
 
 
+UNFINISHED = {  # classes whose default configuration does not build, and what it lacks
+    "LatteTransformer3DModel": {"in_channels": 4, "sample_size": 64, "patch_size": 2, "caption_channels": 4096},
+}
+
+
 @pytest.mark.parametrize("name", inputs.KINDS)
-def test_the_default_configuration_takes_the_inputs_that_are_known_of_it(name):
-    [subject] = options.subjects(name, None, False, (1, 17, 256, 256), "bfloat16", "meta")
-    with torch.no_grad():
-        out = subject.model(**subject.inputs(0), return_dict=False)[0]
-    assert isinstance(out, torch.Tensor) and out.device.type == "meta"
+def test_a_class_takes_the_inputs_that_are_known_of_it(name, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(UNFINISHED.get(name, {})))
+    size = ["--height", "256", "--width", "256", "--frames", "17", "--steps", "10"]
+    arguments = ("explain", name, "--config", str(path), "--method", "first_block_cache", *size)
+    if name in ("Lumina2Transformer2DModel", "MochiTransformer3DModel"):  # they branch on data
+        assert f"{name} must run once for real" in call(*arguments, code=1)
+    else:
+        [entry] = read(*arguments)
+        assert entry["faked"] and entry["state_bytes"] > 0
 
 
 def test_inputs_are_where_and_what_they_should_be():
@@ -210,9 +220,8 @@ def test_coverage_of_one_class(tmp_path):
 
 def test_coverage_fails_where_something_is_lost(tmp_path):
     saved = tmp_path / "coverage.json"
-    before = {
-        "rows": {"Prior": {"class": "PriorTransformer", "methods": {"faster_cache, guidance": {"verdict": "works"}}}}
-    }
+    row = {"class": "PriorTransformer", "methods": {"faster_cache, guidance": {"verdict": "works"}}}
+    before = {"rows": {"Prior": row}}
     saved.write_text(json.dumps(before))
     arguments = ("coverage", "Prior", "--no-compile", "--against", str(saved))
     said = call(*arguments, "--method", "faster_cache, guidance", code=1)
@@ -260,7 +269,7 @@ def test_bench_times_no_wrong_result(monkeypatch):
 def test_bench_refuses_what_does_not_fit(monkeypatch):
     monkeypatch.setattr("cachekit.cli.bench._free", lambda device: 1 << 30)
     said = call("bench", "FluxTransformer2DModel", "--device", "cpu", code=1)
-    assert "The weights of FluxTransformer2DModel take 22.2 GiB, cpu has 1.0 GiB free" in said
+    assert "The weights of FluxTransformer2DModel take 22.1 GiB, cpu has 1.0 GiB free" in said
 
 
 # All of them -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import diffusers
 import torch
 import typer
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from rich.console import Console
 from torch import nn
@@ -65,6 +65,12 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or f
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+class _Config(ConfigMixin):
+    """The file that a model of any class keeps its configuration in."""
+
+    config_name = "config.json"
+
+
 class Subject(NamedTuple):
     """A model to look at."""
 
@@ -80,9 +86,14 @@ def console() -> Console:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Errors that say what to do are printed without a traceback; the exit code is 1."""
+    """Errors that say what to do are printed without a traceback; the exit code is 1.
+
+    What models say of themselves meanwhile, with random weights on a device of no substance, is not said.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except CacheError as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
@@ -163,7 +174,7 @@ def _configs(model: str, config: Path | None) -> list[tuple[str, dict[str, Any]]
     try:
         index: Any = DiffusionPipeline.load_config(model)
         parts = [name for name, entry in index.items() if _is_transformer(name, entry)]
-        configs: dict[str, Any] = {name: ModelMixin.load_config(model, subfolder=name) for name in parts}
+        configs: dict[str, Any] = {name: _Config.load_config(model, subfolder=name) for name in parts}
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise typer.BadParameter(
@@ -207,14 +218,14 @@ def _built(
     if not isinstance(class_name, str) or not isinstance(getattr(diffusers, class_name, None), type):
         raise typer.BadParameter(f"diffusers has no class {class_name!r}", param_hint="MODEL")
     cls = getattr(diffusers, class_name)
-    if not issubclass(cls, ModelMixin):
+    if not (issubclass(cls, nn.Module) and issubclass(cls, ConfigMixin)):
         raise typer.BadParameter(f"{class_name} is no model", param_hint="MODEL")
     kind = inputs.kind(class_name)
     settings = {key: value for key, value in config.items() if not key.startswith("_")}
     with warnings.catch_warnings(), torch.device(device), _default(dtype):
         warnings.simplefilter("ignore")
         try:
-            model = cls.from_config(settings).eval()
+            model: Any = cls.from_config(settings)
         except (TypeError, ValueError) as error:
             raise typer.BadParameter(f"{class_name} refuses its configuration: {error}", param_hint="MODEL") from error
     batch, frames, height, width = size
@@ -228,8 +239,9 @@ def _built(
         width=width // kind.pixels,
         text=kind.text,
     )
-    moves = inputs.trajectory(inputs.feed(model, cells))
-    return Subject(name, model, lambda step: inputs.moved(moves(step), device, dtype))
+    moves = inputs.trajectory(inputs.feed(model.eval(), cells))
+    place = "cpu" if device == "meta" else device  # a step is planned for where its arguments are
+    return Subject(name, model, lambda step: inputs.moved(moves(step), place, dtype))
 
 
 @contextmanager

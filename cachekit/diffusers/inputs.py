@@ -236,7 +236,9 @@ def _pixart(config: Any, size: Size, draw: Draw) -> Feed:
     if config.use_additional_conditions or (config.use_additional_conditions is None and config.sample_size == 128):
         nothing = {"resolution": torch.full((size.batch, 2), 1024.0), "aspect_ratio": torch.ones(size.batch, 1)}
     fixed = {"added_cond_kwargs": nothing, "encoder_attention_mask": mask(size)}
-    return Feed(_image(size, draw, config.in_channels), {**_text(size, draw, config.caption_channels), **fixed})
+    moving = _image(size, draw, config.in_channels)
+    text = _text(size, draw, config.caption_channels or config.cross_attention_dim)
+    return Feed(moving, {**text, **fixed})
 
 
 @_inputs("AuraFlowTransformer2DModel")

@@ -45,6 +45,12 @@ def discover(
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise StructureError(
+                f"{type(model).__name__} must run once for real, which fake tensors cannot follow "
+                f"({type(fake_error).__name__}: {fake_error}), and its weights are on the meta device. Load them "
+                "first, or look at a tiny model of the class."
+            ) from fake_error
         try:
             return _real(model, paths, parts, args, kwargs)
         except CacheError:
