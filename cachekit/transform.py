@@ -413,6 +413,7 @@ class CachedStep(nn.Module):
         return {
             "mode": mode,
             "layout": layout,
+            "local": False,
             "blocks": self.opened.blocks,
             "forecaster": policy.forecaster,
             "arithmetic": self.arithmetic,

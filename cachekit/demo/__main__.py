@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
     print(f"\nWrote {args.out / 'report.html'} after {time.perf_counter() - started:.0f} s.")
 
 
-def arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None, prog: str = "python -m cachekit.demo") -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog=prog,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import ArgumentError, StructureError
+from cachekit.running.regions import Regions
 from cachekit.running.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
-from cachekit.running.sites import PartSite
 from cachekit.structure.chains import Chain
 from cachekit.structure.discovery import discover
 from cachekit.structure.layout import Found, Layout
@@ -87,12 +87,13 @@ class Opened:
         made = stands(self.original, self._paths, self._early, self._parts)
         self.shadow = made.root
         self.blocks: dict[str, Callable[..., Any]] = dict(made.blocks)
-        if self._options is not None and self._parts:
-            for site in made.sites:
-                if isinstance(site, PartSite):
-                    site.__dict__["_run"] = torch.compile(site._run, **self._options)
-        elif self._options is not None:
-            self.blocks = {path: torch.compile(block, **self._options) for path, block in self.blocks.items()}
+        if self._options is not None:
+            regions = Regions(self._options)
+            inside = {path: any(part.startswith(f"{path}.") for part in self._parts) for path in self.blocks}
+            self.blocks = {
+                path: regions.block(path, block) if inside[path] else torch.compile(block, **self._options)
+                for path, block in self.blocks.items()
+            }
         self._stand_ins = made.sites
         self._refresh = Follower([*made.shells, *((vars(site)["_block"], site) for site in made.sites)])
         self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]

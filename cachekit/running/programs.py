@@ -67,7 +67,7 @@ class Programs:
                 "forward twice. Use torch.compile(step, fullgraph=True), or let the forward write to a copy."
             )
         now, residual, carried, seen = step.clock(state), None, (), moment
-        with _in_own_words(lambda: eager.run(step, step.layout(names), state, seen, args, kwargs)):
+        with in_own_words(lambda: eager.run(step, step.layout(names), state, seen, args, kwargs)):
             if step.policy.front:
                 sums, residual, *carried = self._program((PROBE,), _probe)(step, names, state.reference, args, kwargs)
                 moment = Moment(moment.step, moment.timestep, moment.steps, numbers(sums))
@@ -87,7 +87,7 @@ class Programs:
     ) -> tuple[Any, dict[str, Any]]:
         """The unconditional call of a step."""
         self._begin(step)
-        with _in_own_words(lambda: eager.uncond(step, layout, state, full, now, args, kwargs)):
+        with in_own_words(lambda: eager.uncond(step, layout, state, full, now, args, kwargs)):
             program = self._program(("uncond", *full.values()), _uncond)
             out, updated = program(step, tuple(state.sites), full, state.sites, now, args, kwargs)
         return _carried_out(step, state, out, updated) if self.replayed else (out, updated)
@@ -129,7 +129,7 @@ def _carried_out(step: CachedStep, state: State, out: Any, updated: dict[str, An
 
 
 @contextlib.contextmanager
-def _in_own_words(without_compiler: Callable[[], Any]) -> Iterator[None]:
+def in_own_words(without_compiler: Callable[[], Any]) -> Iterator[None]:
     """A compiler wraps what goes wrong while it traces. Without one the step says it in its own words."""
     try:
         yield

@@ -74,7 +74,7 @@ class Stands(NamedTuple):
 
 def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), parts: Iterable[str] = ()) -> Stands:
     """A shadow of a model with a stand-in for each of these modules; parts may stand in blocks and in each other."""
-    sites, runs, pairs = [], {}, []
+    sites, runs, pairs, blocks = [], {}, [], list(blocks)
     tops: dict[str, nn.Module] = {}  # the outermost ones so far
     inner_first = sorted(dict.fromkeys(parts), key=lambda path: -path.count("."))
     planned = [(path, PartSite) for path in inner_first]
@@ -88,7 +88,8 @@ def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), p
             run = shadow(module, within)
             pairs += shells(module, run, within)
         site = tops[path] = stand_in(module, site_class)
-        site.__dict__.update(_path=path, _run=run)
+        inside = next((len(block) + 1 for block in blocks if path.startswith(f"{block}.")), 0)
+        site.__dict__.update(_path=path, _local=path[inside:], _run=run)
         sites.append(site)
         if site_class is BlockSite:
             runs[path] = run
@@ -191,7 +192,7 @@ def stand_in(block: nn.Module, site_class: type) -> nn.Module:
 
 def take_over(site: nn.Module) -> None:
     """Let a stand-in have the attributes that its block has by now."""
-    kept = (*HOOKS, *PATCHED, "_path", "_block", "_run", "_compiled_call_impl")
+    kept = (*HOOKS, *PATCHED, "_path", "_local", "_block", "_run", "_compiled_call_impl")
     _follow(site.__dict__["_block"], site, kept)
 
 

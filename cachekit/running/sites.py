@@ -28,6 +28,7 @@ class Site:
     """Mixed into the class of the module that stood there, so that it passes for one."""
 
     _path: str  # of the module
+    _local: str  # the same, from the block around it
     _block: Any  # the module
     _run: Callable[..., Any]  # what runs in its place: it, or a copy of its shell with sites inside
 
@@ -57,7 +58,7 @@ class PartSite(Site):
         frame = stack[-1]
         if frame["mode"] == RECORD:
             return frame["recorder"].part(self, args, kwargs)
-        return at_part(frame, self._path, self._run, args, kwargs)
+        return at_part(frame, self._local if frame["local"] else self._path, self._run, args, kwargs)
 
 
 class EarlySite(Site):

@@ -160,6 +160,7 @@ def _same(model, paths, layout: Layout, args, kwargs) -> bool:
     made = stands(model, paths, layout.early, layout.parts)
     frame: Frame = {
         "mode": REPLAY,
+        "local": False,
         "layout": layout._replace(output=None, guided=None),
         "blocks": made.blocks,
         "entered": True,

@@ -1,0 +1,105 @@
+"""Blocks compiled whole, with the sites that stand inside them: one program a kind of block and action.
+
+A block that is compiled by itself must not know which of many it is, or each would be compiled. So its sites go by
+their names inside the block, and what they remember comes in and goes out under those names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from cachekit.running.frames import EAGER, Frame, call_frames
+from cachekit.running.programs import fresh, in_own_words
+from cachekit.structure.layout import Layout, Output
+
+Parts = Mapping[str, tuple[Output, ...]]
+
+
+class Inside(NamedTuple):
+    """What stands inside a block, in one call of it."""
+
+    layout: Layout  # of the model; kept so that its identity stays its own
+    kind: int  # blocks with equal sites inside are of one kind
+    parts: Parts  # name inside the block -> what each of its calls returns, under names inside the block
+    names: dict[str, str]  # of the sites: inside the block -> in the state
+
+
+class Regions:
+    """The compiled blocks of a model."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._kinds: list[Parts] = []
+        self._inside: dict[Any, Inside] = {}
+
+    def block(self, path: str, block: nn.Module) -> Callable[..., Any]:
+        """What to call in the place of a block with sites inside."""
+        return functools.partial(self._call, path, block)
+
+    def _call(self, path: str, block: nn.Module, /, *args, **kwargs) -> Any:
+        stack = call_frames.stack
+        frame = stack[-1]
+        if frame["mode"] != EAGER:
+            return block(*args, **kwargs)
+        inside = self._look(frame, path)
+        states = {name: frame["sites"][outer] for name, outer in inside.names.items()}
+        key = (inside.kind, type(block), tuple(frame["compute"].items()), frame["full"])
+        region = _region(frame, inside.parts)
+        if key not in self._programs:
+            self._programs[key] = torch.compile(fresh(region), **self._options)
+        given = block, states, frame["now"], args, kwargs
+        outer, stack[:] = stack[:], []  # a program must not depend on the step around it
+        try:
+            with in_own_words(lambda: region(*given)):
+                out, updated, passed = self._programs[key](*given)
+        finally:
+            stack[:] = outer
+        for name, state in updated.items():
+            frame["updated"][inside.names[name]] = state
+        for name, count in passed.items():
+            frame["passed"][f"{path}.{name}"] = frame["passed"].get(f"{path}.{name}", 0) + count
+        return out
+
+    def _look(self, frame: Frame, path: str) -> Inside:
+        layout, prefix = frame["layout"], f"{path}."
+        before = tuple(count for part, count in frame["passed"].items() if part.startswith(prefix))
+        key = (id(layout), path, before)
+        if key not in self._inside:
+            parts, names = {}, {}
+            for part, calls in layout.parts.items():
+                if part.startswith(prefix):
+                    name, left = part[len(prefix) :], calls[frame["passed"].get(part, 0) :]
+                    parts[name] = tuple(call._replace(name=f"{name} {n}") for n, call in enumerate(left))
+                    names.update({f"{name} {n}": call.name for n, call in enumerate(left)})
+            if parts not in self._kinds:
+                self._kinds.append(parts)
+            kind = self._kinds.index(parts)
+            self._inside[key] = Inside(layout, kind, self._kinds[kind], names)
+        return self._inside[key]
+
+
+NOTHING = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
+
+
+def _region(frame: Frame, parts: Parts) -> Callable[..., Any]:
+    """A block as a function of what its sites remember."""
+    constant = {name: frame[name] for name in ("mode", "forecaster", "arithmetic", "guidance", "full", "donate")}
+    constant |= {"compute": {**frame["compute"]}, "layout": NOTHING._replace(parts={**parts}), "local": True}
+
+    def region(block, states, now, args, kwargs):
+        inner = {**constant, "sites": states, "now": now, "updated": {}, "passed": {}}
+        stack = call_frames.stack
+        stack.append(inner)
+        try:
+            out = block(*args, **kwargs)
+        finally:
+            stack.pop()
+        return out, inner["updated"], inner["passed"]
+
+    return region
