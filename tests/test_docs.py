@@ -39,9 +39,9 @@ PIPELINES = {
 # What a reader has, and a test has not: a checkpoint, and a device -------------------------------------------------
 
 
-def tiny(kind: type[Any], name: str) -> Any:
+def tiny(kind: type[Any], name: str, **models: Any) -> Any:
     """A pipeline with random weights that takes a prompt as text, and has its embedding from elsewhere."""
-    made = piping.piped(name)
+    made = piping.piped(name, models=models)
     given = {key: value for key, value in made.given.items() if key not in ("num_inference_steps", "return_dict")}
 
     def call(self: Any, prompt: Any = None, negative_prompt: Any = None, **more: Any) -> Any:
@@ -55,7 +55,7 @@ def tiny(kind: type[Any], name: str) -> Any:
 
 def from_pretrained(cls: type[Any], name: str, **more: Any) -> Any:
     """Instead of a download."""
-    return tiny(cls, PIPELINES[cls])
+    return tiny(cls, PIPELINES[cls], **{part: given for part, given in more.items() if part.startswith("transformer")})
 
 
 @pytest.fixture
