@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
     torch.manual_seed(0)
     given = flux.inputs(0)
     fixed = {name: value for name, value in given.items() if name not in ("hidden_states", "timestep")}
-    with torch.random.fork_rng():
-        yield {
-            "__name__": "page",
+    # A module of its own, since the compiler looks functions up where they say that they are from.
+    page = types.ModuleType("cachekit_page")
+    monkeypatch.setitem(sys.modules, page.__name__, page)
+    vars(page).update(
+        {
             "pipe": tiny(diffusers.FluxPipeline, "flux"),
             "transformer": flux.model,
             "scheduler": scheduler,
@@ -80,6 +83,9 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
             "x": given["hidden_states"],
             "inputs": lambda x, t: {**fixed, "hidden_states": x, "timestep": t.expand(len(x)) / 1000},
         }
+    )
+    with torch.random.fork_rng():
+        yield vars(page)
 
 
 # The blocks ----------------------------------------------------------------------------------------------------------
