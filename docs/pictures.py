@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -178,7 +179,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> Figure:
         for group, colour in COLOURS.items():
             for forecast in (False, True):
                 points = sorted(
-                    (row[cost], row["psnr"], row["detail"].split(" ")[0])
+                    (row[cost], row["psnr"], re.findall(r"[\d.]+", row["detail"])[0])
                     for row in rows
                     if row["group"] == group and row["forecast"] == forecast
                     if row["psnr"] is not None and row[cost] is not None
