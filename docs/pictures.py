@@ -67,7 +67,7 @@ class Loop:
 
 def residuals(loop: Loop) -> list[Tensor]:
     """What all blocks together add, at every step of an uncached run: a state holds it."""
-    states = loop.run(ck.step_mask([1] * (len(loop.times) - 1)))
+    states = loop.run(ck.step_mask([True] * (len(loop.times) - 1)))
     return [next(iter(state.sites.values()))[0].value for state in states]
 
 
@@ -83,7 +83,9 @@ def patterns(loop: Loop) -> Figure:
     """The signal of first_block_cache against its threshold, and the pattern of every method below."""
     ratios = ck.MagRatios.from_state(loop.run(ck.mag_calibration())[-1])
     log = ck.summary(loop.run(ck.first_block_cache(THRESHOLD))[-1])
-    rows: list[tuple[str, str, Sequence[bool]]] = [("first_block_cache", f"first_block_cache({THRESHOLD})", log.computed)]
+    rows: list[tuple[str, str, Sequence[bool]]] = [
+        ("first_block_cache", f"first_block_cache({THRESHOLD})", log.computed)
+    ]
     static = {
         "mag_cache": ck.mag_cache(ratios, max_skips=2),
         "taylorseer": ck.taylorseer(5),
@@ -131,7 +133,9 @@ def drift(found: Sequence[Tensor], loop: Loop) -> Figure:
     for distance, style in ((1, "-"), (2, "--"), (4, ":")):
         moved = [gap(found[step], found[step - distance]) for step in steps if step >= distance]
         at = [step for step in steps if step >= distance]
-        axes.plot(at, moved, style, color=COLOURS["mag_cache"], label=f"all blocks, {distance} step{'s' * (distance > 1)}")
+        axes.plot(
+            at, moved, style, color=COLOURS["mag_cache"], label=f"all blocks, {distance} step{'s' * (distance > 1)}"
+        )
     axes.plot(steps, log.signal[1:], color=COLOURS["first_block_cache"], label="the first block, 1 step")
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel("relative change\nof the residual", fontsize=9, color=INK)
@@ -209,9 +213,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> Figure:
     right.set_xlabel("measured speed-up of the sampling loop", fontsize=9, color=INK)
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
     handles.update(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ PAGES = {str(path.relative_to(pages.ROOT)): path for path in pages.markdown()}
 COMPILED = {"docs/compile.md", "docs/your-own-dit.md", "docs/your-own-policy.md"}
 LEFT_OUT = {"docs/compile.md": ["needs a GPU"]}
 """The blocks that are not run, page by page, and why. A new one has to be written down here."""
+NUMBERS = itertools.count()
 COMMANDS = ("demo", "explain", "coverage", "bench")
 """Of the command line."""
 PIPELINES = {
@@ -71,8 +73,8 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
     torch.manual_seed(0)
     given = flux.inputs(0)
     fixed = {name: value for name, value in given.items() if name not in ("hidden_states", "timestep")}
-    # A module of its own, since the compiler looks functions up where they say that they are from.
-    page = types.ModuleType("cachekit_page")
+    # A module of its own, since the compiler looks functions up where they say that they are from, and remembers it.
+    page = types.ModuleType(f"page_{next(NUMBERS)}_of_the_documents")
     monkeypatch.setitem(sys.modules, page.__name__, page)
     vars(page).update(
         {
@@ -129,6 +131,14 @@ def test_the_pages_have_blocks():
     assert sum(counts.values()) >= 50
     raw = sum(path.read_text(encoding="utf-8").count("```python") for path in PAGES.values())
     assert sum(counts.values()) == raw
+
+
+def test_a_decider_and_a_forecaster_of_your_own_are_short():
+    text = PAGES["docs/your-own-policy.md"].read_text(encoding="utf-8")
+    made = [
+        block for block in pages.blocks(text) if re.search(r"(?m)^def .*\n(.*\n)*.*(Decider|Forecaster)\(", block.code)
+    ]
+    assert len(made) == 2 and all(len(block.code.split("\n")) < 30 for block in made)
 
 
 COMPANIONS = {"docs/command-line.md", "docs/coverage.md"}
@@ -226,7 +236,8 @@ def test_every_command_exists(page):
 
 
 @pytest.mark.parametrize(
-    "command", ["make dmo", "make demo tset", "python -m cachekit.dmo", "python bench/nothing.py", "cachekit sing", "ls"]
+    "command",
+    ["make dmo", "make demo tset", "python -m cachekit.dmo", "python bench/nothing.py", "cachekit sing", "ls"],
 )
 def test_a_command_that_does_not_exist_is_found(command):
     ((line, words),) = pages.commands(f"```sh\n# a comment\nOMP_NUM_THREADS=1 {command}  # and why\n```")
@@ -249,7 +260,7 @@ def test_every_picture_is_shown():
         assert path.stat().st_size < 100_000, path.name
 
 
-# README -----------------------------------------------------------------------------------------------------------------
+# README ------------------------------------------------------------------------------------------------------------
 
 
 def test_readme_is_short_and_begins_with_the_picture_and_the_lines_that_matter():
@@ -258,14 +269,14 @@ def test_readme_is_short_and_begins_with_the_picture_and_the_lines_that_matter()
     picture = text.index("![")
     heading, opening = text[:picture].split("\n\n", 1)
     assert heading == "# cachekit"
-    assert 1 <= len(re.findall(r"[.:!?](?=\s)", opening)) <= 2
+    assert 1 <= len(re.findall(r"[.!?](?=\s)", opening)) <= 2
     code = [block for block in pages.blocks(text) if block.language == "python"][:2]
     assert text.index("```python") > picture and "ckd.cached(" in code[0].code and "step(state" in code[1].code
     assert sum(bool(row.strip()) for block in code for row in block.code.splitlines()) <= 12
     assert code[0].line < 25
 
 
-# The site ---------------------------------------------------------------------------------------------------------------
+# The site ----------------------------------------------------------------------------------------------------------
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
@@ -291,10 +302,11 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         fetched += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload)\"?[^>]*href=\"?([^\s\">]+)", html)
         assert fetched and not [link for link in fetched if re.match(r"(https?:)?//", link)], name
     # What is public is written about.
-    api = "".join(
-        path.read_text(encoding="utf-8") for path in (tmp_path / "site" / "api").rglob("*.html")
-    )
-    for module, names in {"cachekit": ck.__all__, "cachekit.diffusers": ["cached", "enable", "from_config", "Run"]}.items():
+    api = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site" / "api").rglob("*.html"))
+    for module, names in {
+        "cachekit": ck.__all__,
+        "cachekit.diffusers": ["cached", "enable", "from_config", "Run"],
+    }.items():
         missing = [name for name in names if not re.search(rf"id=\"?{module}(\.\w+)*\.{name}[\"\s>]", api)]
         assert missing == [], missing
 
