@@ -27,6 +27,8 @@ from cachekit.demo.sample import timesteps
 from cachekit.diffusers import digits
 
 HERE = Path(__file__).parent
+Facts = dict[str, Any]
+"""What a picture shows, by row: a pattern, or numbers. It is written into the file, so that a test can compare."""
 STEPS, THRESHOLD = 50, 0.12
 KEPT = ("group", "detail", "forecast", "partial", "computed_steps", "speedup", "psnr")
 """Of a row of the demo."""
@@ -79,7 +81,7 @@ def gap(value: Tensor, reference: Tensor) -> float:
 # One picture a function ---------------------------------------------------------------------------------------------
 
 
-def patterns(loop: Loop) -> Figure:
+def patterns(loop: Loop) -> tuple[Figure, Facts]:
     """The signal of first_block_cache against its threshold, and the pattern of every method below."""
     ratios = ck.MagRatios.from_state(loop.run(ck.mag_calibration())[-1])
     log = ck.summary(loop.run(ck.first_block_cache(THRESHOLD))[-1])
@@ -121,10 +123,11 @@ def patterns(loop: Loop) -> Figure:
     for axes in (above, below):
         _plain(axes)
     below.spines[:].set_visible(False)
-    return figure
+    facts = {label: "".join("#" if each else "." for each in computed) for _, label, computed in rows}
+    return figure, {**facts, "signal": _rounded(log.signal[1:])}
 
 
-def drift(found: Sequence[Tensor], loop: Loop) -> Figure:
+def drift(found: Sequence[Tensor], loop: Loop) -> tuple[Figure, Facts]:
     """How far what the blocks add moves from step to step, and the first block's part of it."""
     log = ck.summary(loop.run(ck.first_block_cache(0))[-1])
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -142,10 +145,10 @@ def drift(found: Sequence[Tensor], loop: Loop) -> Figure:
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=9, ncols=2)
     _plain(axes)
-    return figure
+    return figure, _lines(axes)
 
 
-def forecasts(found: Sequence[Tensor]) -> Figure:
+def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
     """How wrong every forecaster is, so many steps after the last computed one: the mean over starting points."""
     forecasters = {
         "hold": (ck.forecasters.hold(), "first_block_cache"),
@@ -172,10 +175,10 @@ def forecasts(found: Sequence[Tensor]) -> Figure:
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=9)
     _plain(axes)
-    return figure
+    return figure, _lines(axes)
 
 
-def pareto(rows: Sequence[dict[str, Any]]) -> Figure:
+def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
     """PSNR against computed steps and against time, as the demo measured them."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -214,11 +217,19 @@ def pareto(rows: Sequence[dict[str, Any]]) -> Figure:
     handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
     handles.update(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    return figure
+    return figure, {f"{row['group']} {row['detail']}": row["psnr"] or "the reference" for row in rows}
 
 
 def _clock(step: int, steps: int) -> ck.forecasters.Clock:
     return ck.forecasters.Clock(step=torch.tensor(float(step)), steps=torch.tensor(float(steps)))
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _lines(axes: Axes) -> Facts:
+    return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in axes.get_lines()}  # type: ignore[arg-type]
 
 
 def _plain(axes: Axes) -> None:
@@ -249,8 +260,9 @@ def draw(folder: Path, steps: int = STEPS) -> list[Path]:
     figures = {"patterns": patterns(loop), "drift": drift(found, loop), "forecasts": forecasts(found)}
     figures["pareto"] = pareto(json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["rows"])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
+    for name, (figure, facts) in figures.items():
+        about = {"Date": None, "Description": json.dumps(facts)}
+        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=about)
     return [folder / f"{name}.svg" for name in figures]
 
 

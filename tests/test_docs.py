@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -13,14 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cachekit_kernels
 import diffusers
 import pages
 import piping
 import pytest
 import torch
+import typer
 from pages import PageError, cleaned
 
 import cachekit as ck
+from cachekit.cli.app import app
 from cachekit.diffusers import zoo
 
 PAGES = {str(path.relative_to(pages.ROOT)): path for path in pages.markdown()}
@@ -28,8 +33,6 @@ COMPILED = {"docs/compile.md", "docs/your-own-dit.md", "docs/your-own-policy.md"
 LEFT_OUT = {"docs/compile.md": ["needs a GPU"]}
 """The blocks that are not run, page by page, and why. A new one has to be written down here."""
 NUMBERS = itertools.count()
-COMMANDS = ("demo", "explain", "coverage", "bench")
-"""Of the command line."""
 PIPELINES = {
     diffusers.FluxPipeline: "flux",
     diffusers.CogVideoXPipeline: "cogvideox",
@@ -222,10 +225,13 @@ def exists(words: list[str]) -> bool:
             return importlib.util.find_spec(module) is not None
         case ["python", script, *_]:
             return (pages.ROOT / script).is_file()
-        case ["cachekit"]:
-            return True
-        case ["cachekit", first, *_]:
-            return first in COMMANDS or first.startswith("--")
+        case ["cachekit", name, *given]:
+            command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
+            if command is None:
+                return False
+            known = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
+            # The demo reads its options itself.
+            return name == "demo" or all(word in known for word in given if word.startswith("-"))
     return False
 
 
@@ -237,7 +243,15 @@ def test_every_command_exists(page):
 
 @pytest.mark.parametrize(
     "command",
-    ["make dmo", "make demo tset", "python -m cachekit.dmo", "python bench/nothing.py", "cachekit sing", "ls"],
+    [
+        "make dmo",
+        "make demo tset",
+        "python -m cachekit.dmo",
+        "python bench/nothing.py",
+        "cachekit sing",
+        "cachekit explain x --tinny",
+        "ls",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(command):
     ((line, words),) = pages.commands(f"```sh\n# a comment\nOMP_NUM_THREADS=1 {command}  # and why\n```")
@@ -258,6 +272,33 @@ def test_every_picture_is_shown():
     for path in (pages.ROOT / "docs" / "pictures").iterdir():
         assert any(f"pictures/{path.name})" in text for text in texts), path.name
         assert path.stat().st_size < 100_000, path.name
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pictures as the code of today draws them."""
+    folder = tmp_path_factory.mktemp("pictures")
+    command = [sys.executable, str(pages.ROOT / "docs" / "pictures.py"), "--out", str(folder)]
+    where = os.pathsep.join(str(Path(module.__file__ or "").parents[1]) for module in (ck, cachekit_kernels))
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": where}, check=True, capture_output=True)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def facts(picture: Path) -> dict[str, Any]:
+    """The numbers that a picture shows, as it says itself."""
+    (found,) = re.findall(r"<dc:description>(.*?)</dc:description>", picture.read_text(encoding="utf-8"), re.DOTALL)
+    return json.loads(html.unescape(found))
+
+
+def test_the_pictures_are_those_that_the_code_of_today_draws(drawn):
+    kept = {path.name: path for path in (pages.ROOT / "docs" / "pictures").iterdir()}
+    assert set(kept) == set(drawn)
+    for name, path in kept.items():
+        shown, now = facts(path), facts(drawn[name])
+        assert set(shown) == set(now) and shown, name
+        for row in shown:
+            same = now[row] if isinstance(now[row], str) else pytest.approx(now[row], rel=0.02, abs=2e-3)
+            assert shown[row] == same, f"{name}: {row}; run `make docs`"
 
 
 # README ------------------------------------------------------------------------------------------------------------
@@ -297,9 +338,9 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         if page.startswith("docs/") and not page.endswith("index.md"):
             assert f"{page[5:-3]}/index.html" in written
     for name in sorted(written):
-        html = (tmp_path / "site" / name).read_text(encoding="utf-8")
-        fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?([^\s\">]+)", html)
-        fetched += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload)\"?[^>]*href=\"?([^\s\">]+)", html)
+        text = (tmp_path / "site" / name).read_text(encoding="utf-8")
+        fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?([^\s\">]+)", text)
+        fetched += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload)\"?[^>]*href=\"?([^\s\">]+)", text)
         assert fetched and not [link for link in fetched if re.match(r"(https?:)?//", link)], name
     # What is public is written about.
     api = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site" / "api").rglob("*.html"))
