@@ -342,8 +342,10 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
         fetched = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"?([^\s\">]+)", text)
         fetched += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload)\"?[^>]*href=\"?([^\s\">]+)", text)
         assert fetched and not [link for link in fetched if re.match(r"(https?:)?//", link)], name
-    # What is public is written about.
+    # Docstrings are read as they are meant: sections of examples, fields described by comments.
     api = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site" / "api").rglob("*.html"))
+    assert "Examples:" in api and "Example:" not in api and "[T] bool, the verdicts of a static decider" in api
+    # What is public is written about.
     for module, names in {
         "cachekit": ck.__all__,
         "cachekit.diffusers": ["cached", "enable", "from_config", "Run"],
