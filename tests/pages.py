@@ -8,7 +8,7 @@ import doctest
 import inspect
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +86,14 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def run(name: str, text: str, namespace: dict[str, Any]) -> int:
+def run(name: str, text: str, namespace: dict[str, Any], shell: Callable[[Sequence[str]], str] | None = None) -> int:
     """Run the Python blocks of a page in order, in one namespace: how many there were.
+
+    Args:
+        name: of the page.
+        text: the page.
+        namespace: what the blocks find, and leave.
+        shell: what a command of a shell block prints; asked where a text block follows.
 
     Raises:
         PageError: a block fails, or prints something else than the text block behind it says.
@@ -96,9 +102,12 @@ def run(name: str, text: str, namespace: dict[str, Any]) -> int:
     found = blocks(text)
     for index, block in enumerate(found):
         if block.language == "text":
-            if not block.follows or found[index - 1].language != "python":
-                raise PageError(f"{name}:{block.line}: a text block that follows no Python block is checked by nobody")
-            if not found[index - 1].opted_out:
+            above = found[index - 1]
+            if not block.follows or above.language == "text" or (above.language == "sh" and shell is None):
+                raise PageError(f"{name}:{block.line}: a text block that follows no other block is checked by nobody")
+            if above.language == "sh" and shell is not None:
+                before = "".join(shell(words) for _, words in _words(above))
+            if not above.opted_out:
                 _compare(f"{name}:{block.line}", block.code, before)
         elif block.language == "python" and not block.opted_out:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -137,14 +146,17 @@ def _compare(where: str, want: str, got: str) -> None:
 def commands(text: str) -> Iterator[tuple[int, Sequence[str]]]:
     """The commands of the shell blocks: line and words, without comments, prompts and variables before them."""
     for block in blocks(text):
-        if block.language != "sh":
-            continue
-        for offset, row in enumerate(block.code.splitlines()):
-            words = re.sub(r"(^|\s)#.*", "", row).split()
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words = words[1:]
-            if words:
-                yield block.line + offset, words
+        if block.language == "sh":
+            yield from _words(block)
+
+
+def _words(block: Block) -> Iterator[tuple[int, Sequence[str]]]:
+    for offset, row in enumerate(block.code.splitlines()):
+        words = re.sub(r"(^|\s)#.*", "", row).split()
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words:
+            yield block.line + offset, words
 
 
 def links(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pytest
 import torch
 import typer
 from pages import PageError, cleaned
+from typer.testing import CliRunner
 
 import cachekit as ck
 from cachekit.cli.app import app
@@ -93,6 +94,17 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
         yield vars(page)
 
 
+def shell(words: Sequence[str]) -> str:
+    """What a command of the command line prints."""
+    program, *arguments = words
+    if program != "cachekit":
+        raise PageError(f"{' '.join(words)}: only what `cachekit` prints is compared")
+    result = CliRunner().invoke(app, arguments)
+    if result.exit_code:
+        raise PageError(f"{' '.join(words)}: {result.output}")
+    return result.stdout
+
+
 # The blocks ----------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +114,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
 def test_every_block_of_a_page_runs(page, namespace):
     grad = torch.is_grad_enabled()
     try:
-        pages.run(str(PAGES[page]), PAGES[page].read_text(encoding="utf-8"), namespace)
+        pages.run(str(PAGES[page]), PAGES[page].read_text(encoding="utf-8"), namespace, shell)
     finally:
         torch.set_grad_enabled(grad)
 
@@ -159,6 +171,9 @@ COMPANIONS = {"docs/command-line.md", "docs/coverage.md"}
         ("```python\n>>> 1 + 1\n3\n```", "Expected:"),
         ("```python\nprint(1)\n```\n\nwhich prints\n\n```text\n1\n```", "checked by nobody"),
         ("```text\n1\n```", "checked by nobody"),
+        ("```sh\ncachekit explain FluxTransformer2DModel --tiny --steps 3\n```\n\n```text\nhello\n```", "mag_cache"),
+        ("```sh\ncachekit explain Flax\n```\n\n```text\nhello\n```", "cachekit explain Flax: "),
+        ("```sh\nmake test\n```\n\n```text\nhello\n```", "only what `cachekit` prints is compared"),
         ("```py\nprint(1)\n```", "a block of py"),
         ("```\nprint(1)\n```", "a block of no language"),
         ("```python\nprint(1)\n", "does not end"),
@@ -168,7 +183,7 @@ COMPANIONS = {"docs/command-line.md", "docs/coverage.md"}
 )
 def test_a_page_that_is_wrong_is_found(text, complaint):
     with pytest.raises(PageError) as caught:
-        pages.run("page.md", text, {})
+        pages.run("page.md", text, {}, shell)
     assert complaint in str(caught.value)
 
 
