@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-gpu clean
+.PHONY: setup demo test docs lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,10 @@ test: setup            ## the whole test suite, doctests included; the kernels f
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_kernels.py
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+docs: setup            ## draw the pictures and build the documents into site/
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lint: setup            ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,4 +38,4 @@ bench-gpu:             ## the same on a GPU, in the Python that is there: PYTHON
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py all
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .hypothesis
+	rm -rf $(VENV) demo_output site .pytest_cache .hypothesis

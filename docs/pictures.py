@@ -1,0 +1,282 @@
+"""The pictures of the documents, drawn from runs of the digits model: `python docs/pictures.py`, or `make docs`.
+
+The last one shows what the demo measured. Its rows are kept in docs/demo.json, so that drawing needs no demo run;
+`python docs/pictures.py --demo demo_output/results.json` takes them from a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import cachekit as ck
+from cachekit.demo.pictures import COLOURS, FAINT, INK, TRACK
+from cachekit.demo.runs import FEWER, UNCACHED
+from cachekit.demo.sample import timesteps
+from cachekit.diffusers import digits
+
+HERE = Path(__file__).parent
+Facts = dict[str, Any]
+"""What a picture shows, by row: a pattern, or numbers. It is written into the file, so that a test can compare."""
+STEPS, THRESHOLD = 50, 0.12
+KEPT = ("group", "detail", "forecast", "partial", "computed_steps", "speedup", "psnr")
+"""Of a row of the demo."""
+SHORT = {"pyramid_attention_broadcast": "pyramid attention"}
+
+# Text stays text: small files, and readable for whoever cannot see. No date and no chance in the file.
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "cachekit", "font.family": "sans-serif"})
+
+
+class Loop:
+    """One digit of each class, by Euler steps without guidance."""
+
+    def __init__(self, steps: int = STEPS) -> None:
+        self.model: nn.Module = digits.load()
+        self.labels = torch.arange(digits.CLASSES)
+        self.times = timesteps(steps)
+        shape = (digits.CLASSES, 1, 1, digits.SIZE, digits.SIZE)
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run(self, policy: ck.Policy) -> list[ck.State]:
+        """The states after every step."""
+        step, x, states = ck.cache(self.model, policy), self.noise, []
+        state = step.init(1000 * self.times[:-1], **digits.inputs(x, self.times[0], self.labels))
+        for now, after in pairwise(self.times):
+            (velocity,), state = step(state, **digits.inputs(x, now, self.labels))
+            states.append(state)
+            x = x + (after - now) * velocity
+        return states
+
+    @torch.no_grad()
+    def plan(self, policy: ck.Policy) -> ck.Plan | None:
+        """The plan, where there is one, of the kinds of modules that the model has."""
+        step = ck.cache(self.model, policy)
+        step.init(1000 * self.times[:-1], **digits.inputs(self.noise, self.times[0], self.labels))
+        return step.plan(1000 * self.times[:-1])
+
+
+def residuals(loop: Loop) -> list[Tensor]:
+    """What all blocks together add, at every step of an uncached run: a state holds it."""
+    states = loop.run(ck.step_mask([True] * (len(loop.times) - 1)))
+    return [next(iter(state.sites.values()))[0].value for state in states]
+
+
+def gap(value: Tensor, reference: Tensor) -> float:
+    """The relative L1 distance, as signals have it."""
+    return ((value - reference).abs().sum() / reference.abs().sum()).item()
+
+
+# One picture a function ---------------------------------------------------------------------------------------------
+
+
+def patterns(loop: Loop) -> tuple[Figure, Facts]:
+    """The signal of first_block_cache against its threshold, and the pattern of every method below."""
+    ratios = ck.MagRatios.from_state(loop.run(ck.mag_calibration())[-1])
+    log = ck.summary(loop.run(ck.first_block_cache(THRESHOLD))[-1])
+    rows: list[tuple[str, str, Sequence[bool]]] = [
+        ("first_block_cache", f"first_block_cache({THRESHOLD})", log.computed)
+    ]
+    static = {
+        "mag_cache": ck.mag_cache(ratios, max_skips=2),
+        "taylorseer": ck.taylorseer(5),
+        "pyramid_attention_broadcast": ck.pyramid_attention_broadcast(2, cross=4),
+        "faster_cache": ck.faster_cache(cfg="separate"),
+        "step_mask": ck.step_mask([step % 5 == 0 for step in range(len(loop.times) - 1)]),
+    }
+    for group, policy in static.items():
+        plan = loop.plan(policy)
+        assert plan is not None
+        for kind, computed in (plan.kinds or {"": plan.computed}).items():
+            rows.append((group, f"{SHORT.get(group, group)}{', ' if kind else ''}{kind}", computed))
+
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, 1))
+    signal = [min(value, 0.2) for value in log.signal]
+    for computed, label in ((True, "over it: computed"), (False, "under it: reused")):
+        at = [step for step, each in enumerate(log.computed) if each == computed and step]
+        colour = COLOURS["first_block_cache"] if computed else "white"
+        above.scatter(at, [signal[step] for step in at], s=26, color=colour, edgecolor=COLOURS["first_block_cache"])
+        above.scatter([], [], s=26, color=colour, edgecolor=COLOURS["first_block_cache"], label=label)
+    above.axhline(THRESHOLD, color=COLOURS["mag_cache"], linewidth=1.2, label=f"threshold {THRESHOLD}")
+    above.set_ylim(0, 0.2)
+    above.set_ylabel("change of the first\nblock's residual", fontsize=9, color=INK)
+    above.legend(loc="lower right", ncols=3, frameon=False, fontsize=9)
+    for y, (group, _, computed) in enumerate(rows):
+        below.barh(y, len(computed), left=-0.5, height=0.7, color=TRACK)
+        at = [step - 0.42 for step, each in enumerate(computed) if each]
+        below.barh([y] * len(at), 0.84, left=at, height=0.7, color=COLOURS[group])
+    below.set_yticks(range(len(rows)), [label for _, label, _ in rows], fontsize=9)
+    below.invert_yaxis()
+    below.set_xlabel("step; filled: computed", fontsize=9, color=INK)
+    for axes in (above, below):
+        _plain(axes)
+    below.spines[:].set_visible(False)
+    facts = {label: "".join("#" if each else "." for each in computed) for _, label, computed in rows}
+    return figure, {**facts, "signal": _rounded(log.signal[1:])}
+
+
+def drift(found: Sequence[Tensor], loop: Loop) -> tuple[Figure, Facts]:
+    """How far what the blocks add moves from step to step, and the first block's part of it."""
+    log = ck.summary(loop.run(ck.first_block_cache(0))[-1])
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    steps = range(1, len(found))
+    for distance, style in ((1, "-"), (2, "--"), (4, ":")):
+        moved = [gap(found[step], found[step - distance]) for step in steps if step >= distance]
+        at = [step for step in steps if step >= distance]
+        axes.plot(
+            at, moved, style, color=COLOURS["mag_cache"], label=f"all blocks, {distance} step{'s' * (distance > 1)}"
+        )
+    axes.plot(steps, log.signal[1:], color=COLOURS["first_block_cache"], label="the first block, 1 step")
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.set_ylabel("relative change\nof the residual", fontsize=9, color=INK)
+    axes.set_ylim(0)
+    axes.legend(frameon=False, fontsize=9, ncols=2)
+    _plain(axes)
+    return figure, _lines(axes)
+
+
+def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
+    """How wrong every forecaster is, so many steps after the last computed one: the mean over starting points."""
+    forecasters = {
+        "hold": (ck.forecasters.hold(), "first_block_cache"),
+        "two_point(0.5)": (ck.forecasters.two_point(0.5), "faster_cache"),
+        "taylor(1)": (ck.forecasters.taylor(1), "taylorseer"),
+        "newton(2)": (ck.forecasters.newton(2), "step_mask"),
+    }
+    spacing, most = 3, 6
+    starts = range(3 * spacing, len(found) - most, 2)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (forecaster, colour) in forecasters.items():
+        wrong = torch.zeros(most)
+        for start in starts:
+            state = forecaster.init(found[0])
+            for step in range(start - 3 * spacing, start + 1, spacing):  # the computed steps
+                state = forecaster.update(state, found[step], _clock(step, len(found)))
+            for ahead in range(1, most + 1):
+                guess = forecaster.predict(state, _clock(start + ahead, len(found)))
+                wrong[ahead - 1] += gap(guess, found[start + ahead]) / len(starts)
+        axes.plot(range(1, most + 1), wrong.tolist(), marker="o", markersize=4, color=COLOURS[colour], label=name)
+    axes.set_xlabel("steps since the last computed one; the ones before were 3 apart", fontsize=9, color=INK)
+    axes.set_ylabel("relative error\nof the residual", fontsize=9, color=INK)
+    axes.set_ylim(0)
+    axes.legend(frameon=False, fontsize=9)
+    _plain(axes)
+    return figure, _lines(axes)
+
+
+def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
+    """PSNR against computed steps and against time, as the demo measured them."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, cost in ((left, "computed_steps"), (right, "speedup")):
+        for group, colour in COLOURS.items():
+            for forecast in (False, True):
+                points = sorted(
+                    (row[cost], row["psnr"], re.findall(r"[\d.]+", row["detail"])[0])
+                    for row in rows
+                    if row["group"] == group and row["forecast"] == forecast
+                    if row["psnr"] is not None and row[cost] is not None
+                    # Where attention alone is left out, steps are no measure of the cost.
+                    if cost == "speedup" or not row["partial"]
+                )
+                if group == UNCACHED or not points:
+                    continue
+                xs, ys, names = zip(*points, strict=True)
+                axes.plot(
+                    xs,
+                    ys,
+                    color=colour,
+                    marker="D" if forecast else "o",
+                    markersize=5,
+                    markerfacecolor="white" if forecast else colour,
+                    linestyle="-" if group == FEWER else "none",
+                    label=group + (", forecast" if forecast else ""),
+                )
+                for x, y, name in zip(xs, ys, names, strict=True):
+                    place = {"xytext": (5, -9), "textcoords": "offset points"}
+                    axes.annotate(name, (x, y), fontsize=7, color=colour, **place)
+        _plain(axes)
+    left.invert_xaxis()
+    left.set_ylabel("PSNR against the uncached samples, dB", fontsize=9, color=INK)
+    left.set_xlabel("computed steps of 50 (fewer to the right)", fontsize=9, color=INK)
+    right.set_xlabel("measured speed-up of the sampling loop", fontsize=9, color=INK)
+    handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
+    handles.update(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure, {f"{row['group']} {row['detail']}": row["psnr"] or "the reference" for row in rows}
+
+
+def _clock(step: int, steps: int) -> ck.forecasters.Clock:
+    return ck.forecasters.Clock(step=torch.tensor(float(step)), steps=torch.tensor(float(steps)))
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _lines(axes: Axes) -> Facts:
+    return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in axes.get_lines()}  # type: ignore[arg-type]
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color=TRACK)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+
+
+def keep(results: Path) -> None:
+    """Take the rows of a run of the demo for the documents."""
+    record = json.loads(results.read_text(encoding="utf-8"))
+    about = {name: record[name] for name in ("steps", "digits_per_class", "guidance", "seed", "threads", "versions")}
+    rows = [json.dumps({name: _short(row[name]) for name in KEPT}) for row in record["rows"]]
+    text = json.dumps(about)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+    (HERE / "demo.json").write_text(text, encoding="utf-8")
+
+
+def _short(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value
+
+
+def draw(folder: Path, steps: int = STEPS) -> list[Path]:
+    """Draw all pictures into a folder."""
+    loop = Loop(steps)
+    found = residuals(loop)
+    figures = {"patterns": patterns(loop), "drift": drift(found, loop), "forecasts": forecasts(found)}
+    figures["pareto"] = pareto(json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["rows"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (figure, facts) in figures.items():
+        about = {"Date": None, "Description": json.dumps(facts)}
+        figure.savefig(folder / f"{name}.svg", facecolor="white", metadata=about)
+    return [folder / f"{name}.svg" for name in figures]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw them where the documents look for them."""
+    parser = argparse.ArgumentParser(description="Draw the pictures of the documents.")
+    parser.add_argument("--demo", type=Path, help="results.json of a run of the demo; default: the rows kept here")
+    parser.add_argument("--out", type=Path, default=HERE / "pictures", help="folder of the pictures")
+    args = parser.parse_args(argv)
+    if args.demo is not None:
+        keep(args.demo)
+    for path in draw(args.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
