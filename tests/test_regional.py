@@ -197,7 +197,9 @@ def test_a_forward_that_fails_leaves_no_frame_behind():
     regional = ck.cache(model, ck.taylorseer(3, warmup=2)).compile(regional=True, backend="aot_eager")
     wanted = through(regional)
     state = regional.init(8, turning(0))
-    with pytest.raises(ck.StateError, match=r"At attn 0 the state holds \[2, 5, 8\], the call brings \[2, 5, 7\]"):
+    with pytest.raises(
+        ck.StateError, match=r"At blocks\.0\.attn the state holds \[2, 5, 8\], the call brings \[2, 5, 7\]"
+    ):
         regional(state, torch.randn(2, 5, 7))
     assert not call_frames.stack
     assert_alike(through(regional), wanted)

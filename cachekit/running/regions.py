@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from cachekit.running.frames import EAGER, Frame, call_frames
 from cachekit.running.programs import fresh, in_own_words
@@ -38,11 +37,11 @@ class Regions:
         self._kinds: list[Parts] = []
         self._inside: dict[Any, Inside] = {}
 
-    def block(self, path: str, block: nn.Module) -> Callable[..., Any]:
+    def block(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
         """What to call in the place of a block with sites inside."""
         return functools.partial(self._call, path, block)
 
-    def _call(self, path: str, block: nn.Module, /, *args, **kwargs) -> Any:
+    def _call(self, path: str, block: Callable[..., Any], /, *args, **kwargs) -> Any:
         stack = call_frames.stack
         frame = stack[-1]
         if frame["mode"] != EAGER:
@@ -50,16 +49,14 @@ class Regions:
         inside = self._look(frame, path)
         states = {name: frame["sites"][outer] for name, outer in inside.names.items()}
         key = (inside.kind, type(block), tuple(frame["compute"].items()), frame["full"])
-        region = _region(frame, inside.parts)
         if key not in self._programs:
-            self._programs[key] = torch.compile(fresh(region), **self._options)
-        given = block, states, frame["now"], args, kwargs
-        outer, stack[:] = stack[:], []  # a program must not depend on the step around it
-        try:
-            with in_own_words(lambda: region(*given)):
-                out, updated, passed = self._programs[key](*given)
-        finally:
-            stack[:] = outer
+            self._programs[key] = torch.compile(fresh(_region(frame, inside.parts)), **self._options)
+        with in_own_words(lambda: block(*args, **kwargs)):
+            outer, stack[:] = stack[:], []  # a program must not depend on the step around it
+            try:
+                out, updated, passed = self._programs[key](block, states, frame["now"], args, kwargs)
+            finally:
+                stack[:] = outer
         for name, state in updated.items():
             frame["updated"][inside.names[name]] = state
         for name, count in passed.items():
