@@ -154,18 +154,4 @@ MUTANTS = (
         "now.step - state.nodes[:1], 0.0",
         "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
     ),
-    # A block that is called again would remember over its first call.
-    Mutant(
-        "running/regions.py",
-        'calls[frame["passed"].get(part, 0) :]',
-        "calls",
-        "test_regional.py::test_calls_that_are_repeated_have_each_their_own_memory",
-    ),
-    # Two kinds of block under one program.
-    Mutant(
-        "running/regions.py",
-        "kind = self._kinds.index(parts)",
-        "kind = 0",
-        "test_regional.py::test_calls_that_are_repeated_have_each_their_own_memory",
-    ),
 )
