@@ -118,6 +118,14 @@ def test_calls_that_are_repeated_have_each_their_own_memory():
     assert_alike(through(regional), eager)
 
 
+def test_blocks_of_one_class_need_not_have_the_same_sites():
+    step = ck.cache(Deep(4), ck.taylorseer(3, warmup=2, sites=(r"blocks\.[02]\.attn", r"blocks\.[23]\.ff")))
+    regional = step.compile(regional=True, backend="aot_eager")
+    eager = through(step)
+    assert len(eager[1].sites) == 4
+    assert_alike(through(regional), eager)
+
+
 @pytest.mark.parametrize("forecaster", ["hold", "two-point", "newton 2"])
 @pytest.mark.parametrize("sites", ["attention", "attention+mlp"])
 @pytest.mark.parametrize("decider", ["interval", "drift"])

@@ -42,8 +42,7 @@ class Regions:
         return functools.partial(self._call, path, block)
 
     def _call(self, path: str, block: Callable[..., Any], /, *args, **kwargs) -> Any:
-        stack = call_frames.stack
-        frame = stack[-1]
+        frame = call_frames.stack[-1]
         if frame["mode"] != EAGER:
             return block(*args, **kwargs)
         inside = self._look(frame, path)
@@ -52,11 +51,7 @@ class Regions:
         if key not in self._programs:
             self._programs[key] = torch.compile(fresh(_region(frame, inside.parts)), **self._options)
         with in_own_words(lambda: block(*args, **kwargs)):
-            outer, stack[:] = stack[:], []  # a program must not depend on the step around it
-            try:
-                out, updated, passed = self._programs[key](block, states, frame["now"], args, kwargs)
-            finally:
-                stack[:] = outer
+            out, updated, passed = self._programs[key](block, states, frame["now"], args, kwargs)
         for name, state in updated.items():
             frame["updated"][inside.names[name]] = state
         for name, count in passed.items():
