@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -238,6 +239,33 @@ def _flux_image(draw: zoo.Draw, batch: int) -> Built:
     _, components, given = _flux(draw, batch)
     start = torch.rand(1, 3, 64, 64, generator=draw.generator)
     return "FluxImg2ImgPipeline", {**components, "vae": _pictures()}, {**given, "image": start, "strength": 0.6}
+
+
+@maker
+def _flux_control(draw: zoo.Draw, batch: int) -> Built:
+    _, components, given = _flux(draw, batch)
+    torch.manual_seed(4)
+    sizes = {name: zoo.specimen("Flux").model.config[name] for name in ("in_channels", "joint_attention_dim")}
+    sizes |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
+    sizes |= {"pooled_projection_dim": 20, "guidance_embeds": True, "num_layers": 2, "num_single_layers": 1}
+    control = zoo.wake(diffusers.FluxControlNetModel(**sizes).eval(), draw)
+    components |= {"vae": _pictures(), "controlnet": control}
+    hint = torch.rand(1, 3, 64, 64, generator=draw.generator)
+    return "FluxControlNetPipeline", components, {**given, "control_image": hint}
+
+
+@maker
+def _flux_adapted(draw: zoo.Draw, batch: int) -> Built:
+    kind, components, given = _flux(draw, batch)
+    made = zoo.specimen("Flux").model
+    # Of a picture come 4 tokens, each as wide as one of the text; every double-stream block looks at them.
+    weights = {"image_proj": {"proj.weight": draw(4 * 24, 12), "proj.bias": draw(4 * 24)}, "ip_adapter": {}}
+    weights["image_proj"] |= {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24)}
+    for n, part in itertools.product(range(3), ("k", "v")):
+        weights["ip_adapter"] |= {f"{n}.to_{part}_ip.weight": draw(32, 24), f"{n}.to_{part}_ip.bias": draw(32)}
+    made._load_ip_adapter_weights([weights])
+    shown = {f"{sign}ip_adapter_image_embeds": [draw(batch, 1, 12)] for sign in ("", "negative_")}
+    return kind, {**components, "transformer": made}, {**given, **shown}
 
 
 @maker

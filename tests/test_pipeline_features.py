@@ -98,3 +98,25 @@ def test_group_offloading_is_refused_before_anything_runs(offload_type):
     made.pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **how)
     with pytest.raises(ck.StructureError, match="group-offloaded"):
         ckd.enable(made.pipe, policy())
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # diffusers' ControlNet uses it
+@pytest.mark.parametrize("name", ["flux_control", "flux_adapted"])
+def test_a_picture_that_steers(name):
+    """A ControlNet adds to what comes out of the blocks; an IP-Adapter is a part of their attention."""
+    made = piping.piped(name)
+    plain = piping.image(made)
+    image, run = piping.cached(name, policy())
+    assert 0 < piping.gap(image, plain) < 0.2
+    assert all(len(set(stream.computed)) == 2 for stream in run.summary().streams.values())
+    with ckd.cached(made.pipe, ck.step_mask([1] * piping.STEPS)):
+        assert torch.equal(piping.image(made), plain)
+    for again in (ck.taylorseer(3, warmup=2), ck.pyramid_attention_broadcast(2), ck.faster_cache(cfg=None)):
+        with ckd.cached(made.pipe, again) as run:
+            assert 0 < piping.gap(piping.image(made), plain) < 1
+        assert all(len(set(stream.computed)) == 2 for stream in run.summary().streams.values())
+    other = {"flux_control": "control_image", "flux_adapted": "ip_adapter_image_embeds"}[name]
+    value = made.given[other]
+    steered = {**made.given, other: [-value[0]] if isinstance(value, list) else 1 - value}
+    with ckd.cached(made.pipe, policy()):
+        assert not torch.equal(piping.image(made._replace(given=steered)), image)  # it is looked at

@@ -268,6 +268,26 @@ FAILS = {  # there: no context is set, or a class that is not known
 }
 
 
+def test_first_block_cache_never_computes_again_there_where_the_signal_is_no_number():
+    """A first block that adds nothing: its change is 0 / 0, which is over no threshold."""
+
+    def silent() -> piping.Piped:
+        made = piping.piped("flux")
+        first = made.pipe.transformer.transformer_blocks[0]
+        for parameter in (*first.norm1.linear.parameters(), *first.norm1_context.linear.parameters()):
+            torch.nn.init.zeros_(parameter)
+        return made
+
+    plain, config = piping.image(silent()), FirstBlockCacheConfig(threshold=0.1)
+    theirs = silent()
+    theirs.pipe.transformer.enable_cache(config)
+    assert piping.gap(piping.image(theirs), plain) > 0.01
+    ours = silent()
+    with ckd.cached(ours.pipe, config) as run:
+        assert torch.equal(piping.image(ours), plain)
+    assert all(all(stream.computed) for stream in run.summary().streams.values())
+
+
 @pytest.mark.parametrize(("name", "make"), [(name, make) for name, makes in FAILS.items() for make in makes])
 def test_classes_on_which_the_hooks_fail(name, make):
     with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError)):

@@ -9,9 +9,9 @@ A new class is one more recipe, in `images.py`, `videos.py` or `sound.py`.
 
 from cachekit.diffusers.inputs import Draw, schedule
 from cachekit.diffusers.zoo import images, sound, videos  # noqa: F401  (their recipes)
-from cachekit.diffusers.zoo.specimen import BUILDERS, TEXT, Specimen, specimen
+from cachekit.diffusers.zoo.specimen import BUILDERS, TEXT, Specimen, specimen, wake
 
 NAMES: tuple[str, ...] = tuple(BUILDERS)
 """All that the installed diffusers has."""
 
-__all__ = ["BUILDERS", "NAMES", "TEXT", "Draw", "Specimen", "schedule", "specimen"]
+__all__ = ["BUILDERS", "NAMES", "TEXT", "Draw", "Specimen", "schedule", "specimen", "wake"]

@@ -83,12 +83,13 @@ def _feed(model: nn.Module, draw: Draw) -> Feed:
 
 
 @torch.no_grad()
-def wake(model: nn.Module, draw: Draw) -> None:
-    """Add noise to every constant parameter: no zero gate, no zero projection is left."""
+def wake(model: nn.Module, draw: Draw) -> nn.Module:
+    """Add noise to every constant parameter: no zero gate, no zero projection is left. The same model."""
     for parameter in model.parameters():
         if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
             parameter += draw(*parameter.shape) / math.sqrt(fan_in)
+    return model
 
 
 @torch.no_grad()
