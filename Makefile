@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test docs lint bench bench-gpu clean
+.PHONY: setup demo test docs coverage lint bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ test: setup            ## the whole test suite, doctests included; the kernels f
 docs: setup            ## draw the pictures and build the documents into site/
 	$(BIN)/python docs/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+coverage: setup        ## try every method on every class, compiled too; writes docs/coverage.{json,md}
+	$(BIN)/python -m cachekit.coverage --jobs 2 --save docs/coverage.json --markdown docs/coverage.md
 
 lint: setup            ## format, lint, types
 	$(BIN)/ruff format --check .

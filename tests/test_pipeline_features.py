@@ -120,3 +120,34 @@ def test_a_picture_that_steers(name):
     steered = {**made.given, other: [-value[0]] if isinstance(value, list) else 1 - value}
     with ckd.cached(made.pipe, policy()):
         assert not torch.equal(piping.image(made._replace(given=steered)), image)  # it is looked at
+
+
+COMPILED = {
+    "flux": lambda: ck.first_block_cache(0.1),
+    "wan": lambda: ck.taylorseer(3, warmup=2),
+    "latte": lambda: ck.faster_cache(uncond_range=(-1, 1001), attention_range=(-1, 1001)),
+    "wan_two": lambda: ck.pyramid_attention_broadcast(2, spatial_range=(-1, 1001)),
+    "hunyuan": lambda: ck.mag_cache([1.0] * piping.STEPS, retention=0.2),
+}
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("options", [{}, {"regional": True}], ids=["programs", "regional"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_steps_are_kept_from_call_to_call(name, options):
+    made = COMPILED[name]()
+    expected, plain = piping.cached(name, made)
+    pipe = piping.piped(name)
+    with ckd.cached(pipe.pipe, made, compile={"backend": "aot_eager", **options}) as run:
+        image = piping.image(pipe)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            again = piping.image(pipe)
+    assert torch.equal(again, image) and piping.gap(image, expected) < 1e-4
+    computed = [stream.computed for stream in run.summary().streams.values()]
+    assert computed == [stream.computed for stream in plain.summary().streams.values()]
+    assert torch.equal(piping.image(pipe), piping.image(piping.piped(name)))
+
+
+def test_compile_takes_arguments_and_nothing_else():
+    with pytest.raises(ck.ArgumentTypeError, match="`compile` must be True, False or the arguments"):
+        ckd.enable(piping.piped("flux").pipe, policy(), compile="regional")

@@ -31,9 +31,12 @@ class Run:
     thread alone. Two pipelines may share a transformer, each with a run of its own or with none.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, policies: Mapping[str, Policy]) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, policies: Mapping[str, Policy], options: Mapping[str, Any] | None = None
+    ) -> None:
         self._pipe = pipe
         self._policies = dict(policies)
+        self._options = options
         self._used: set[str] = set()
         self._names = _transformers(pipe)
         self._class = type(pipe)
@@ -150,11 +153,12 @@ class Run:
         with self._lock:
             key = id(model), id(policy)
             if key not in self._steps:
-                self._steps[key] = model, policy, CachedStep(model, policy)
+                step = CachedStep(model, policy)
+                self._steps[key] = model, policy, step if self._options is None else step.compile(**self._options)
             return self._steps[key][2]
 
 
-def enable(pipe: DiffusionPipeline, policy: Any) -> Run:
+def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str, Any] = False) -> Run:
     """Switch caching on for a pipeline, until `run.disable()`. `cached` switches it off by itself.
 
     Args:
@@ -163,6 +167,8 @@ def enable(pipe: DiffusionPipeline, policy: Any) -> Run:
         policy: a policy, or one of diffusers' cache configs as it is. Or a mapping to such: from a stream of the
             pipeline ("cond"), a transformer ("transformer_2"), or both ("transformer_2/cond"), of which the more exact
             one counts, as `run.summary()` names them; what it does not name is not cached.
+        compile: True to run compiled steps, or the arguments of `step.compile`, e.g. `{"regional": True}`. What is
+            compiled is kept until the run is disabled, for every call.
 
     Returns:
         The run. `run.summary()` tells what the last call did, `run.states` what it logged.
@@ -188,17 +194,22 @@ def enable(pipe: DiffusionPipeline, policy: Any) -> Run:
         raise ArgumentError(
             f"`pipe` has caching enabled already, a {type(pipe).__name__}. Call disable() on that run first."
         )
-    run = Run(pipe, _policies(policy))
+    if not isinstance(compile, (bool, Mapping)):
+        raise ArgumentTypeError(
+            f"`compile` must be True, False or the arguments of step.compile, got {compile!r}. Use e.g. "
+            '{"regional": True}.'
+        )
+    run = Run(pipe, _policies(policy), None if compile is False else {} if compile is True else {**compile})
     pipe.__class__ = pipeline_class(type(pipe), run, run._names)
     return run
 
 
 @contextmanager
-def cached(pipe: DiffusionPipeline, policy: Any) -> Iterator[Run]:
+def cached(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str, Any] = False) -> Iterator[Run]:
     """Caching for a pipeline inside a `with` block. After it, or after an exception, nothing is left on the pipeline.
 
     Args:
-        pipe, policy: as for `enable`.
+        pipe, policy, compile: as for `enable`.
 
     Example:
         ```python
@@ -220,7 +231,7 @@ def cached(pipe: DiffusionPipeline, policy: Any) -> Iterator[Run]:
             image = pipe("a dog", num_inference_steps=28).images[0]
         ```
     """
-    run = enable(pipe, policy)
+    run = enable(pipe, policy, compile=compile)
     try:
         yield run
     finally:

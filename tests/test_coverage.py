@@ -1,0 +1,92 @@
+"""No class of diffusers that a method worked on is lost: `docs/coverage.json` says which those are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cachekit.coverage import table, trial
+from cachekit.diffusers import zoo
+
+DOCS = Path(__file__).parents[1] / "docs"
+SAVED = json.loads((DOCS / "coverage.json").read_text(encoding="utf-8"))
+METHODS = [name for name in trial.METHODS if "guidance" not in name]
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_nothing_is_lost(name):
+    """Not compiled, which would take half an hour; `make coverage` does that."""
+    now = table.record(trial.cover(name, compiled=False), compiled=False)
+    before = {**SAVED, "rows": {name: SAVED["rows"][name]}}
+    assert table.lost(before, now) == []
+    verdicts = {finding["verdict"] for finding in now["rows"][name]["methods"].values()}
+    assert "fails" not in verdicts
+
+
+def test_the_saved_table_is_of_every_class_compiled_and_the_page_is_of_it():
+    assert SAVED["compiled"] and set(SAVED["rows"]) == set(zoo.NAMES)
+    assert (DOCS / "coverage.md").read_text(encoding="utf-8") == table.markdown(SAVED)
+
+
+def test_all_five_methods_work_on_every_class():
+    works, classes = zip(*(table.totals(SAVED)[method] for method in METHODS), strict=True)
+    assert set(works) == set(classes) and len(set(classes)) == 1
+
+
+def test_every_transformer_of_diffusers_is_tried_or_has_a_reason():
+    assert "no tiny configuration is known yet" not in table.untried().values()
+
+
+@pytest.mark.compiles
+def test_compiled_too():
+    """One class; and what the compiler cannot do must be seen."""
+    for finding in trial.cover("PixArt", ("first_block_cache", "taylorseer")):
+        assert (finding.verdict, finding.reason) == ("works", "")
+
+
+def broken(finding_of: str, monkeypatch: pytest.MonkeyPatch, **faults) -> str:
+    """The verdict and reason of a method on a small class, with faults put into the trial."""
+    for name, fault in faults.items():
+        monkeypatch.setattr(trial, name, fault)
+    [finding] = trial.cover("PixArt", (finding_of,), compiled=False)
+    return f"{finding.verdict}: {finding.reason}"
+
+
+def test_a_method_that_skips_nothing_fails(monkeypatch):
+    method = trial.METHODS["taylorseer"]
+    monkeypatch.setitem(trial.METHODS, "taylorseer", method._replace(skipping=method.exact))
+    assert broken("taylorseer", monkeypatch) == "fails: nothing was skipped"
+
+
+def test_a_method_that_does_not_compute_every_step_exactly_fails(monkeypatch):
+    method = trial.METHODS["taylorseer"]
+    monkeypatch.setitem(trial.METHODS, "taylorseer", method._replace(exact=method.skipping))
+    assert broken("taylorseer", monkeypatch) == "fails: a computed step is not the uncached one to the bit"
+
+
+def test_an_output_that_is_not_finite_fails(monkeypatch):
+    right = trial._run
+
+    def wrong(call, specimen, init=None):
+        outputs, log = right(call, specimen, init)
+        return ([*outputs[:-1], [outputs[-1][0] * float("nan")]], log) if not all(log.computed) else (outputs, log)
+
+    assert broken("mag_cache", monkeypatch, _run=wrong) == "fails: an output is not finite"
+
+
+@pytest.mark.compiles
+def test_two_graphs_fail(monkeypatch):
+    right = trial._run
+
+    def wrong(call, specimen, init=None):
+        if init is not None:  # compiled
+            right(call, specimen._replace(timesteps=specimen.timesteps), init)
+            specimen = specimen._replace(inputs=lambda step: {**specimen_inputs(step), "return_dict": step % 2 == 0})
+        return right(call, specimen, init)
+
+    specimen_inputs = zoo.specimen("PixArt").inputs
+    monkeypatch.setattr(trial, "_run", wrong)
+    [finding] = trial.cover("PixArt", ("mag_cache",))
+    assert finding.verdict == "fails" and "graphs in 5 steps" in finding.reason
