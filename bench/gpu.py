@@ -28,6 +28,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -445,6 +446,10 @@ def main() -> None:
         except SystemExit as error:  # a wrong result ends its part, not the others
             failed = True
             left_out.append(f"{part}, WRONG: {error}")
+        except Exception as error:  # nor does what fails: out of memory, a compiler
+            failed = True
+            traceback.print_exc()
+            left_out.append(f"{part}, FAILED: {type(error).__name__}: {str(error)[:200]}")
         lines += [short(row) for row in made["rows"]] + [f"{part}: {time.perf_counter() - start:.0f} s"]
         bench.fresh()
     print("\n".join(["", *lines, *(f"left out: {what}" for what in left_out)]))

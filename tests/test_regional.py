@@ -7,6 +7,7 @@ import threading
 import byhand
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from test_compiled import error
 from test_grid import policy, run
 from test_modules_compiled import assert_same, setup
@@ -211,3 +212,44 @@ def test_a_forward_that_fails_leaves_no_frame_behind():
         regional(state, torch.randn(2, 5, 7))
     assert not call_frames.stack
     assert_alike(through(regional), wanted)
+
+
+def twice(module, args, out):
+    """A hook."""
+    return 1.5 * out
+
+
+@pytest.mark.parametrize("sites", ["attention", "chain"])
+@pytest.mark.parametrize("path", ["blocks.0", "blocks.1", "blocks.1.ff", "blocks.2.ff.0"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_is_called_wherever_it_is(path, sites, late):
+    model = Deep(3)
+    step = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites))
+    regional = step.compile(regional=True, backend="aot_eager")
+    plain = through(step)
+    if late:
+        assert_alike(through(regional), plain)
+    handle = model.get_submodule(path).register_forward_hook(twice)
+    hooked = through(step)
+    assert error(hooked[0][0], plain[0][0]) > 0.01
+    assert_alike(through(regional), hooked)
+    handle.remove()
+    assert_alike(through(regional), plain)
+
+
+@pytest.mark.parametrize("sites", ["attention", "chain"])
+def test_a_patched_block_runs_as_it_is(sites):
+    """As accelerate patches it, for one."""
+    model = Deep(3)
+    plain = through(ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites)))
+    add_hook_to_module(model.blocks[1], AlignDevicesHook("cpu"))
+    regional = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites)).compile(regional=True, backend="aot_eager")
+    assert_alike(through(regional), plain)
+
+
+def test_the_options_of_the_caller_stay_as_they_are():
+    seen = []
+    options = {"guard_filter_fn": lambda entries: seen.append(1) or [True] * len(entries)}
+    step = ck.cache(Deep(3), ck.taylorseer(3, warmup=2, sites="attention"))
+    through(step.compile(regional=True, backend="aot_eager", options=options))
+    assert len(seen) >= 2 and set(options) == {"guard_filter_fn"}

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import cachekit_kernels as kernels
-import torch
 from torch import Tensor
 
-from cachekit.running.programs import fresh
+from cachekit.running.programs import compiled_with, fresh
 from cachekit.signals import of_residual
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Arithmetic(NamedTuple):
         """The same, each function compiled for every kind of site that it meets."""
         # Not `fullgraph`: past the compiler's limit of kinds (numbers of tensors, ranks, grad modes) it runs as it is.
         options = {**options, "fullgraph": False}
-        return Arithmetic(*(torch.compile(fresh(function), **options) for function in self))
+        return Arithmetic(*(compiled_with(fresh(function), options) for function in self))
 
 
 def arithmetic(policy: Policy) -> Arithmetic:

@@ -91,7 +91,7 @@ class Opened:
             regions = Regions(self._options)
             inside = {path: any(part.startswith(f"{path}.") for part in self._parts) for path in self.blocks}
             self.blocks = {
-                path: regions.block(path, block) if inside[path] else torch.compile(block, **self._options)
+                path: regions.block(path, block, self.original.get_submodule(path), sites=inside[path])
                 for path, block in self.blocks.items()
             }
         self._stand_ins = made.sites

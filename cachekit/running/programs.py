@@ -47,11 +47,8 @@ class Programs:
 
     def _program(self, action: tuple, function: Callable[..., Any]) -> Callable[..., Any]:
         if action not in self._compiled:
-            # torch.compile takes the filter out of the options that it is given.
-            arguments = {**self._arguments, "options": {**self._arguments["options"]}}
-            if function is _probe:
-                arguments = _cutting(arguments)
-            self._compiled[action] = torch.compile(fresh(function), **arguments)
+            arguments = _cutting(self._arguments) if function is _probe else self._arguments
+            self._compiled[action] = compiled_with(fresh(function), arguments)
         return self._compiled[action]
 
     def run(
@@ -164,6 +161,12 @@ def _action(step, names, verdicts, sites, carried, now, args, kwargs):
     out = run_framed(frame, step.shadow, args, kwargs)
     check_reached(frame)
     return out, frame["updated"], torch.stack(frame["sums"]) if frame["observe"] and frame["sums"] else None
+
+
+def compiled_with(function: Any, arguments: dict[str, Any]) -> Callable[..., Any]:
+    """`torch.compile(function, **arguments)`, which takes what it understands out of the options that it is given."""
+    given: dict[str, Any] = {key: {**value} if isinstance(value, dict) else value for key, value in arguments.items()}
+    return torch.compile(function, **given)
 
 
 def fresh(function: Any) -> Callable[..., Any]:

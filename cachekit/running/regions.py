@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
+from torch import nn
 
 from cachekit.running.frames import EAGER, Frame, call_frames
-from cachekit.running.programs import fresh, in_own_words
+from cachekit.running.programs import compiled_with, fresh, in_own_words
+from cachekit.running.shadow import HOOKS
 from cachekit.structure.layout import Layout, Output
 
 Parts = Mapping[str, tuple[Output, ...]]
@@ -37,9 +38,26 @@ class Regions:
         self._kinds: list[Parts] = []
         self._inside: dict[Any, Inside] = {}
 
-    def block(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
-        """What to call in the place of a block with sites inside."""
-        return functools.partial(self._call, path, block)
+    def block(self, path: str, block: Callable[..., Any], original: nn.Module, *, sites: bool) -> Callable[..., Any]:
+        """What to call in the place of a block.
+
+        Args:
+            path: its name.
+            block: what runs it, a shell where sites stand inside.
+            original: the block of the model.
+            sites: whether there are any.
+        """
+        attributes = [vars(module) for module in original.modules()]
+        hooks = [held[name] for held in attributes for name in HOOKS]
+        compiled = functools.partial(self._call, path, block) if sites else compiled_with(block, self._options)
+
+        def call(*args, **kwargs):
+            # The compiler looks at hooks once, when it compiles the first block of a kind.
+            if any(hooks) or any("forward" in held for held in attributes):
+                return block(*args, **kwargs)
+            return compiled(*args, **kwargs)
+
+        return call
 
     def _call(self, path: str, block: Callable[..., Any], /, *args, **kwargs) -> Any:
         frame = call_frames.stack[-1]
@@ -49,13 +67,14 @@ class Regions:
         states = {name: frame["sites"][outer] for name, outer in inside.names.items()}
         key = (inside.kind, type(block), tuple(frame["compute"].items()), frame["full"])
         if key not in self._programs:
-            self._programs[key] = torch.compile(fresh(_region(frame, inside.parts)), **self._options)
+            self._programs[key] = compiled_with(fresh(_region(frame, inside.parts)), self._options)
         with in_own_words(lambda: block(*args, **kwargs)):
             out, updated, passed = self._programs[key](block, states, frame["now"], args, kwargs)
         for name, state in updated.items():
             frame["updated"][inside.names[name]] = state
         for name, count in passed.items():
-            frame["passed"][f"{path}.{name}"] = frame["passed"].get(f"{path}.{name}", 0) + count
+            part = f"{path}.{name}"
+            frame["passed"][part] = frame["passed"].get(part, 0) + count
         return out
 
     def _look(self, frame: Frame, path: str) -> Inside:
@@ -66,7 +85,8 @@ class Regions:
             parts, names = {}, {}
             for part, calls in layout.parts.items():
                 if part.startswith(prefix):
-                    name, left = part[len(prefix) :], calls[frame["passed"].get(part, 0) :]
+                    name, done = part[len(prefix) :], frame["passed"].get(part, 0)
+                    left = calls[done:]
                     parts[name] = tuple(call._replace(name=f"{name} {n}") for n, call in enumerate(left))
                     names.update({f"{name} {n}": call.name for n, call in enumerate(left)})
             if parts not in self._kinds:

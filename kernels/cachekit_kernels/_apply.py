@@ -75,6 +75,8 @@ def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, 
     Source: FasterCache, arXiv 2410.19355, section 3.3.
     """
     same("guidance_delta", cond=cond, low=low, high=high)
+    if tuple(weights.shape) != (2,):
+        raise ValueError(f"guidance_delta: `weights` is {list(weights.shape)}. Give the two of them: [2].")
     if not runs_on(cond, low, high, fusible=True) or not cond.ndim:
         return plain.guidance_delta(cond, low, high, weights, cond_first=cond_first)
     return _guidance_delta(cond, low, high, weights, cond_first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,15 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel, in a way that traces."""
     run = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-    run[grid](*args, **constants)
+    with _on(next(arg for arg in args if isinstance(arg, Tensor)).device):
+        run[grid](*args, **constants)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    if device.type != "cuda" or not torch.cuda.is_initialized() or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def launch_each(kernel: Any, size: int, *args: Any, **constants: Any) -> None:

@@ -27,7 +27,7 @@ def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor, *, 
         factors: order + 1 tensors [...], those before.
         value: [...], just computed.
         spacing: [] or [order] float32 on the device of the value: steps since the last update. Where it is 0 there is
-            no such derivative yet, and the factor is 0.
+            no such derivative yet, and the factor of a finite value is 0.
         donate: write over `factors` and return them.
 
     Returns:
@@ -45,6 +45,7 @@ def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor, *, 
     Source: TaylorSeer, arXiv 2503.06923, equation 6.
     """
     same("update", value=value, **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
+    _enough("spacing", spacing, len(factors) - 1)
     alike = all(factor.is_contiguous() and factor.dtype == factors[0].dtype for factor in factors)
     if not runs_on(value, *factors, fusible=True) or len(factors) > MOST + 1 or not alike:
         made = plain.taylor_update(factors, value, spacing)
@@ -99,8 +100,15 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
     return _polynomial(list(differences), offsets, dtype or differences[0].dtype, False)
 
 
+def _enough(name: str, steps: Tensor, order: int) -> None:
+    """A kernel does not see where its arguments end."""
+    if steps.ndim and (steps.ndim > 1 or len(steps) < order):
+        raise ValueError(f"`{name}` is {list(steps.shape)}, and there are {order} of them to know: give [{order}].")
+
+
 def _fits(factors: Sequence[Tensor], offset: Tensor, ndim: int, dtype: torch.dtype | None) -> bool:
     same("predict", **{f"factors[{i}]": factor for i, factor in enumerate(factors)})
+    _enough("offsets", offset, len(factors) - 1)
     if offset.ndim != ndim or offset.device != factors[0].device:
         return False
     return dtype in (None, *DTYPES) and runs_on(*factors, fusible=True) and len(factors) <= MOST + 1

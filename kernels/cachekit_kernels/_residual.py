@@ -159,7 +159,7 @@ def _sums_kernel(
         reference = loaded(reference_ptr, at, kept)
         change += tl.abs(residual - reference)
         total += tl.abs(reference)
-    to = row * programs + program
+    to = row.to(tl.int64) * programs + program
     tl.store(partial_ptr + to, tl.sum(change, 0))
     tl.store(partial_ptr + tl.num_programs(0) * programs + to, tl.sum(total, 0))
 
@@ -222,6 +222,7 @@ def _ratio_kernel(
             before += reference * reference
         squared = tl.sum(before, 1)
         known = squared != 0
-        ratio = tl.sqrt(tl.sum(norm, 1)) / tl.sqrt(tl.where(known, squared, 1.0))
-        total += tl.where(token < tokens, tl.where(known, ratio, 1.0), 0.0)
+        size = tl.sqrt(tl.sum(norm, 1))
+        ratio = size / tl.sqrt(tl.where(known, squared, 1.0))
+        total += tl.where(token < tokens, tl.where(known, ratio, 1.0 + 0.0 * size), 0.0)
     tl.store(partial_ptr + program, tl.sum(total, 0))

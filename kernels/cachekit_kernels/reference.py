@@ -25,11 +25,11 @@ def residual_change(residual: Tensor, reference: Tensor, *, rows: bool = False) 
 
 
 def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
-    """`sum over tokens of ||residual|| / ||reference||`; a token whose reference is zero counts as 1."""
+    """`sum over tokens of ||residual|| / ||reference||`; a finite token whose reference is zero counts as 1."""
     norm = torch.linalg.vector_norm(residual.float(), dim=-1)
     before = torch.linalg.vector_norm(reference.float(), dim=-1)
-    known = before != 0  # a NaN stays one
-    return torch.where(known, norm / torch.where(known, before, 1.0), 1.0).sum()
+    known = before != 0
+    return torch.where(known, norm / torch.where(known, before, 1.0), 1.0 + 0.0 * norm).sum()  # a NaN stays one
 
 
 def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor) -> list[Tensor]:
