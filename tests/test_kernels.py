@@ -187,3 +187,23 @@ def test_misfits_are_named():
         kernels.residual_norm(draw((2, 3)), draw((2, 3)), draw((2, 4)))
     with pytest.raises(ValueError, match=r"`factors\[1\]` is \[4\]"):
         kernels.taylor_update([draw((3,)), draw((4,))], draw((3,)), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_token_that_is_no_number_over_one_of_zeros_is_seen(value):
+    residual, before = torch.zeros(3, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE)
+    assert kernels.norm_ratio(residual, before) == 3 == reference.norm_ratio(residual, before)
+    residual[1, 0] = value
+    assert kernels.norm_ratio(residual, before).isnan() and reference.norm_ratio(residual, before).isnan()
+
+
+def test_what_is_too_short_is_refused():
+    """A kernel would read on behind its end."""
+    factors, value = several(3, (4,)), draw((4,))
+    for steps in (torch.ones(1, device=DEVICE), torch.ones(1, 2, device=DEVICE)):
+        with pytest.raises(ValueError, match="`spacing`"):
+            kernels.taylor_update(factors, value, steps)
+        with pytest.raises(ValueError, match="`offsets`"):
+            kernels.newton_predict(factors, steps)
+    with pytest.raises(ValueError, match="`weights`"):
+        kernels.guidance_delta(value, value, value, torch.ones(1, device=DEVICE))
