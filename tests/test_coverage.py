@@ -25,8 +25,8 @@ def test_nothing_is_lost(name):
     assert "fails" not in verdicts
 
 
-def test_the_saved_table_is_of_every_class_compiled_and_the_page_is_of_it():
-    assert SAVED["compiled"] and set(SAVED["rows"]) == set(zoo.NAMES)
+def test_the_saved_table_is_of_every_class_and_the_page_is_of_it():
+    assert set(SAVED["rows"]) == set(zoo.NAMES)
     assert (DOCS / "coverage.md").read_text(encoding="utf-8") == table.markdown(SAVED)
 
 

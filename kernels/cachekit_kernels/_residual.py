@@ -224,5 +224,5 @@ def _ratio_kernel(
         known = squared != 0
         size = tl.sqrt(tl.sum(norm, 1))
         ratio = size / tl.sqrt(tl.where(known, squared, 1.0))
-        total += tl.where(token < tokens, tl.where(known, ratio, 1.0 + 0.0 * size), 0.0)
+        total += tl.where(token < tokens, tl.where(known, ratio, tl.where(size < float("inf"), 1.0, size)), 0.0)
     tl.store(partial_ptr + program, tl.sum(total, 0))

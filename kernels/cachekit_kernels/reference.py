@@ -29,7 +29,7 @@ def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(residual.float(), dim=-1)
     before = torch.linalg.vector_norm(reference.float(), dim=-1)
     known = before != 0
-    return torch.where(known, norm / torch.where(known, before, 1.0), 1.0 + 0.0 * norm).sum()  # a NaN stays one
+    return torch.where(known, norm / torch.where(known, before, 1.0), torch.where(norm < torch.inf, 1.0, norm)).sum()
 
 
 def taylor_update(factors: Sequence[Tensor], value: Tensor, spacing: Tensor) -> list[Tensor]:
