@@ -244,7 +244,10 @@ def exists(words: list[str]) -> bool:
             command = typer.main.get_command(app).commands.get(name)  # type: ignore[attr-defined]
             if command is None:
                 return False
-            known = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
+            known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)} | {
+                "--help",
+                "-h",
+            }
             # The demo reads its options itself.
             return name == "demo" or all(word in known for word in given if word.startswith("-"))
     return False
