@@ -183,9 +183,8 @@ def threshold_for(work: Workload) -> float:
     for i in range(STEPS):
         _, state = step(state, **work.inputs(i))
     signal = ck.summary(state).signal
-    return (
-        statistics.median(signal[1::2]) + statistics.median(signal[2::2])
-    ) / 2  # at a reused step, at a computed one
+    reused, computed = statistics.median(signal[1::2]), statistics.median(signal[2::2])
+    return (reused + computed) / 2
 
 
 def loops(bench: Bench, work: Workload) -> Iterator[dict[str, Any]]:

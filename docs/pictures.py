@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import cachekit as ck
-from cachekit.demo.pictures import COLOURS, FAINT, INK, TRACK
+from cachekit.demo.pictures import COLOURS, INK, TRACK, plain
 from cachekit.demo.runs import FEWER, UNCACHED
 from cachekit.demo.sample import timesteps
 from cachekit.diffusers import digits
@@ -121,7 +121,7 @@ def patterns(loop: Loop) -> tuple[Figure, Facts]:
     below.invert_yaxis()
     below.set_xlabel("step; filled: computed", fontsize=9, color=INK)
     for axes in (above, below):
-        _plain(axes)
+        plain(axes)
     below.spines[:].set_visible(False)
     facts = {label: "".join("#" if each else "." for each in computed) for _, label, computed in rows}
     return figure, {**facts, "signal": _rounded(log.signal[1:])}
@@ -144,7 +144,7 @@ def drift(found: Sequence[Tensor], loop: Loop) -> tuple[Figure, Facts]:
     axes.set_ylabel("relative change\nof the residual", fontsize=9, color=INK)
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=9, ncols=2)
-    _plain(axes)
+    plain(axes)
     return figure, _lines(axes)
 
 
@@ -174,7 +174,7 @@ def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
     axes.set_ylabel("relative error\nof the residual", fontsize=9, color=INK)
     axes.set_ylim(0)
     axes.legend(frameon=False, fontsize=9)
-    _plain(axes)
+    plain(axes)
     return figure, _lines(axes)
 
 
@@ -209,7 +209,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
                 for x, y, name in zip(xs, ys, names, strict=True):
                     place = {"xytext": (5, -9), "textcoords": "offset points"}
                     axes.annotate(name, (x, y), fontsize=7, color=colour, **place)
-        _plain(axes)
+        plain(axes)
     left.invert_xaxis()
     left.set_ylabel("PSNR against the uncached samples, dB", fontsize=9, color=INK)
     left.set_xlabel("computed steps of 50 (fewer to the right)", fontsize=9, color=INK)
@@ -230,14 +230,6 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 def _lines(axes: Axes) -> Facts:
     return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in axes.get_lines()}  # type: ignore[arg-type]
-
-
-def _plain(axes: Axes) -> None:
-    axes.grid(color=TRACK)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
 
 
 def keep(results: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.coverage.trial import tensors
 from cachekit.diffusers import zoo
 
 STEPS = 5
@@ -36,12 +36,6 @@ class Run(NamedTuple):
     twin: nn.Module
     before: dict[str, Any]  # `anatomy` of the model
     now: dict[str, Any]
-
-
-def tensors(out: Any) -> list[Tensor]:
-    """The tensors that a model returns, in order."""
-    plain = out.to_tuple() if hasattr(out, "to_tuple") else out
-    return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)]
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:

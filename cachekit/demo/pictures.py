@@ -128,20 +128,25 @@ def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> N
                 zorder=2 if group == FEWER else 3,
             )
             for x, y, name in zip(xs, ys, names, strict=True):
-                plain = group == FEWER
+                fewer = group == FEWER
                 axes.annotate(
                     name,
                     (x, y),
-                    xytext=(-5, -11) if plain else (6, 4),
+                    xytext=(-5, -11) if fewer else (6, 4),
                     textcoords="offset points",
-                    ha="right" if plain else "left",
+                    ha="right" if fewer else "left",
                     fontsize=7,
                     color=colour,
                 )
+    axes.margins(0.08, 0.1)
+    plain(axes)
+
+
+def plain(axes: Axes) -> None:
+    """A grid behind the data, and lines at the left and the bottom alone."""
     axes.grid(color=TRACK)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.margins(0.08, 0.1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
 

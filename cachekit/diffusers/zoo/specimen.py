@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from cachekit.diffusers import inputs
 from cachekit.diffusers.inputs import Draw, Feed, Size, grid, schedule, trajectory
 
-BATCH = 2
-TINY = Size(batch=BATCH, frames=2, height=8, width=8, text=6)
-TEXT = 6  # text tokens; unlike any number of image tokens, so that no two streams have the same shape
+TINY = Size(batch=2, frames=2, height=8, width=8, text=6)
+"""Of text tokens there are unlike any number of image tokens, so that no two streams have the same shape."""
+BATCH, TEXT = TINY.batch, TINY.text
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LATENT = {"in_channels": 4, "out_channels": 4}
 PACKED = {"in_channels": 8, "joint_attention_dim": 24, "axes_dims_rope": (4, 4, 8)}
