@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ class Forecaster(NamedTuple):
         timed: whether `now` is looked at. It is a `Clock` then, and None for a forecaster that does not look.
         overwrite: `update` for a state that was given away: what is as large as the value is written over what the
             state held. None copies what `update` returns.
+        memory: how many of the last computed values a forecast looks at, for one that is a fixed linear combination of
+            them; None for one that is not, or that looks at all of them.
+        weights: `weights(nodes, step, steps) -> list`: the factors of the values computed at `nodes`, ascending, in the
+            forecast for `step`. `nodes` are all so far, or the last `memory` of them. None for a forecaster that
+            is not linear.
 
     Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
     leaf is the batch wherever the value's is.
@@ -50,6 +55,8 @@ class Forecaster(NamedTuple):
     predict: Callable[[Any, Any], Tensor]
     timed: bool
     overwrite: Callable[[Any, Tensor, Any], Any] | None = None
+    memory: int | None = None
+    weights: Callable[[Sequence[int], int, int], list[float]] | None = None
 
 
 def check_order(order: int, dtype: torch.dtype | None) -> None:

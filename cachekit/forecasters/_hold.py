@@ -27,4 +27,6 @@ def hold() -> Forecaster:
         update=lambda state, value, now: HoldState(value=value),
         predict=lambda state, now: state.value,
         timed=False,
+        memory=1,
+        weights=lambda nodes, step, steps: [0.0] * (len(nodes) - 1) + [1.0],
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cachekit_kernels as kernels
@@ -57,6 +59,11 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def predict(state: NewtonState, now: Clock) -> Tensor:
         return kernels.newton_predict(state.differences, now.step - state.nodes, dtype=state.like.dtype)
 
+    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
+        near = nodes[-order - 1 :]  # Lagrange's form of the polynomial through these
+        made = [math.prod((step - other) / (node - other) for other in near if other != node) for node in near]
+        return [0.0] * (len(nodes) - len(near)) + made
+
     return Forecaster(
         name=f"newton {order}",
         init=init,
@@ -64,4 +71,6 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         predict=predict,
         timed=True,
         overwrite=functools.partial(update, donate=True),
+        memory=order + 1,
+        weights=weights,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cachekit_kernels as kernels
@@ -60,6 +61,20 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def predict(state: TaylorState, now: Clock) -> Tensor:
         return kernels.taylor_predict(state.factors, now.step - state.last, dtype=state.like.dtype)
 
+    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
+        near = nodes[-order - 1 :]
+        rows = [[float(i == j) for j in range(len(near))] for i in range(len(near))]  # the value at every node
+        made, scale = list(rows[-1]), 1.0
+        for i in range(1, len(near)):
+            # The next derivative, at all nodes but the first.
+            rows = [
+                [(a - b) / (after - before) for a, b in zip(row, earlier, strict=True)]
+                for earlier, row, before, after in zip(rows, rows[1:], near[i - 1 :], near[i:], strict=False)
+            ]
+            scale *= (step - near[-1]) / i
+            made = [total + scale * weight for total, weight in zip(made, rows[-1], strict=True)]
+        return [0.0] * (len(nodes) - len(near)) + made
+
     return Forecaster(
         name=f"taylor {order}",
         init=init,
@@ -67,4 +82,6 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
         predict=predict,
         timed=True,
         overwrite=functools.partial(update, donate=True),
+        memory=order + 1,
+        weights=weights,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import cachekit_kernels as kernels
@@ -83,6 +83,24 @@ def two_point(
         return forecast(state, now.step - state.last, now)
 
     shown = f"{weight:g}" if numeric else weight if isinstance(weight, str) else "of the step"
+    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
+        def share(now: int, skips: int) -> float:
+            if numeric and not feedback:
+                return float(weight)  # type: ignore[arg-type]
+            clock = Clock(torch.tensor(float(now)), torch.tensor(float(steps)))
+            return float(factor(clock, torch.tensor(float(skips)), torch.float64))
+
+        before = [0.0] * len(nodes)
+        change = list(before)
+        for n, node in enumerate(nodes):
+            if feedback and n:
+                skips = node - nodes[n - 1] - 1
+                before = [a + share(node, skips) * b for a, b in zip(before, change, strict=True)]
+            value = [float(n == other) for other in range(len(nodes))]
+            change = [a - b if n else 0.0 for a, b in zip(value, before, strict=True)]
+            before = value
+        return [a + share(step, step - nodes[-1]) * b for a, b in zip(before, change, strict=True)]
+
     return Forecaster(
         name=name or f"two-point {shown}",
         init=init,
@@ -90,4 +108,6 @@ def two_point(
         predict=predict,
         timed=True,
         overwrite=functools.partial(update, donate=True),
+        memory=None if feedback else 2,
+        weights=weights,
     )
