@@ -1,7 +1,7 @@
 """cachekit: caching for diffusion transformers as a functional transform."""
 
 from cachekit import deciders, forecasters, signals
-from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError
+from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError, TraceWarning
 from cachekit.explain import Explanation
 from cachekit.guidance import Tokens
 from cachekit.methods import (
@@ -10,11 +10,17 @@ from cachekit.methods import (
     first_block_cache,
     mag_cache,
     mag_calibration,
+    planned,
     pyramid_attention_broadcast,
     step_mask,
     taylorseer,
 )
-from cachekit.plan import Plan
+from cachekit.planning.choosing import Choice, choose
+from cachekit.planning.planner import frontier, plan
+from cachekit.planning.recording import recording
+from cachekit.planning.replay import Replay, Sweep, replay, sweep
+from cachekit.planning.trace import Trace
+from cachekit.plans import Plan
 from cachekit.policy import Policy
 from cachekit.state import State, Summary, summary
 from cachekit.structure.chains import Chain
@@ -28,25 +34,37 @@ __all__ = [
     "CacheError",
     "CachedStep",
     "Chain",
+    "Choice",
     "Explanation",
     "MagRatios",
     "Plan",
     "Policy",
+    "Replay",
     "State",
     "StateError",
     "StructureError",
     "Summary",
+    "Sweep",
     "Tokens",
+    "Trace",
+    "TraceWarning",
     "cache",
+    "choose",
     "deciders",
     "faster_cache",
     "first_block_cache",
     "forecasters",
+    "frontier",
     "mag_cache",
     "mag_calibration",
+    "plan",
+    "planned",
     "pyramid_attention_broadcast",
+    "recording",
+    "replay",
     "signals",
     "step_mask",
     "summary",
+    "sweep",
     "taylorseer",
 ]

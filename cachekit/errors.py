@@ -21,3 +21,7 @@ class StructureError(CacheError, RuntimeError):
 
 class StateError(CacheError, RuntimeError):
     """A state does not fit the call it was given to."""
+
+
+class TraceWarning(UserWarning):
+    """A setting that does nothing on a recorded run, or so much that a little more would spoil it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cachekit.guidance import GUIDANCE
-from cachekit.plan import Plan
+from cachekit.plans import Plan
 from cachekit.state import State, human_bytes, state_bytes
 from cachekit.structure.layout import Found, Layout
 

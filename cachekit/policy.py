@@ -42,6 +42,9 @@ class Policy:
             tuple for each kind.
         guidance: how the unconditional half of the batch is left out, where it is. The modules inside the blocks
             then compute on every full step, and remember the conditional half.
+        recorded: for a policy that leaves nothing out, what is written down of every step: any of "output", "chain",
+            "probe". Its forecaster is the recorder. See `cachekit.recording`.
+        sketch: of what is recorded, how many numbers of a value are kept; None for a default.
         deciders: the deciders by group of sites: by kind, or one for "all".
         static: whether all is known before the first step.
 
@@ -67,6 +70,8 @@ class Policy:
     front: int = 0
     sites: Sites = "chain"
     guidance: Guidance | None = None
+    recorded: tuple[str, ...] = ()
+    sketch: int | None = None
     deciders: dict[str, Decider] = field(init=False, repr=False, compare=False)
     static: bool = field(init=False, repr=False, compare=False)
 

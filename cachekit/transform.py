@@ -20,7 +20,8 @@ from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, Struct
 from cachekit.explain import Explanation, explanation
 from cachekit.forecasters import Clock
 from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
-from cachekit.plan import Plan
+from cachekit.planning.recording import fresh_record
+from cachekit.plans import Plan
 from cachekit.policy import Policy
 from cachekit.running import eager, graph
 from cachekit.running.arithmetic import arithmetic
@@ -29,7 +30,7 @@ from cachekit.running.opening import Opened
 from cachekit.running.programs import Programs, captures
 from cachekit.state import State, fresh_log
 from cachekit.structure.chains import Chain
-from cachekit.structure.layout import ALL, Found, Layout, Output
+from cachekit.structure.layout import ALL, Found, Layout, Output, Span
 from cachekit.structure.record import TensorSpec
 
 
@@ -156,6 +157,7 @@ class CachedStep(nn.Module):
             sites=policy.sites,
             groups=policy.groups,
             guided=policy.guidance is not None,
+            recorded=policy.recorded,
         )
         plain = arithmetic(policy)
         self.arithmetic = plain if block_options is None else plain.compiled(block_options)
@@ -210,7 +212,7 @@ class CachedStep(nn.Module):
         computed, signal = fresh_log(len(times))
         with mode or nullcontext():
             sites = {
-                site.name: tuple(self.policy.forecaster.init(_zeros(spec)) for spec in specs)
+                site.name: self._remembered(site, [_zeros(spec) for spec in specs], len(times))
                 for site, specs in zip(found.layout.sites, found.specs, strict=True)
                 if site is not found.layout.guided
             }
@@ -240,6 +242,11 @@ class CachedStep(nn.Module):
         plan, decider = self._fresh(times, layout)
         computed, signal = fresh_log(len(times))
         sites = pytree.tree_map(torch.zeros_like, state.sites)
+        if layout.recorded:  # as long as the trajectory
+            sites = {
+                site.name: self._remembered(site, [each.last for each in state.sites[site.name]], len(times))
+                for site in layout.sites
+            }
         guided = layout.guided
         if guided is not None:
             (before,) = state.sites[guided.name]
@@ -256,6 +263,13 @@ class CachedStep(nn.Module):
         )
         self._begun[fresh.timesteps] = self.opened.epoch
         return _mark(fresh)
+
+    def _remembered(self, site: Span | Output, values: Sequence[Tensor], steps: int) -> tuple[Any, ...]:
+        """What a site remembers before step 0, of values like these."""
+        if not self.policy.recorded:
+            return tuple(self.policy.forecaster.init(value) for value in values)
+        main = site.main if isinstance(site, Span) and len(values) > 1 else 0
+        return tuple(fresh_record(value, steps, self.policy.sketch, main=n == main) for n, value in enumerate(values))
 
     def _fresh(self, times: Tensor, layout: Layout) -> tuple[Any, Any]:
         policy = self.policy
@@ -429,6 +443,7 @@ class CachedStep(nn.Module):
             "carried": carried,
             "early": early if early is not None else {},
             "residual": None,
+            "tapped": None,
             "compute": {},
             "sums": None,
             "updated": {},

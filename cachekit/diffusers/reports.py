@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cachekit.plan import pattern
+from cachekit.plans import pattern
 from cachekit.state import human_bytes
 
 

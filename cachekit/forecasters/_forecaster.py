@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,9 @@ class Forecaster(NamedTuple):
             state held. None copies what `update` returns.
         memory: how many of the last computed values a forecast looks at, for one that is a fixed linear combination of
             them; None for one that is not, or that looks at all of them.
-        weights: `weights(nodes, step, steps) -> list`: the factors of the values computed at `nodes`, ascending, in the
-            forecast for `step`. `nodes` are all so far, or the last `memory` of them. None for a forecaster that
-            is not linear.
+        weights: `weights(nodes, step, steps)`: the factors [..., m] of the values computed at `nodes` [..., m],
+            ascending, in the forecast for `step` [...], all float64. `nodes` are all so far, or the last `memory` of
+            them, or fewer where fewer have been computed. None for a forecaster that is not linear.
 
     Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
     leaf is the batch wherever the value's is.
@@ -56,7 +56,7 @@ class Forecaster(NamedTuple):
     timed: bool
     overwrite: Callable[[Any, Tensor, Any], Any] | None = None
     memory: int | None = None
-    weights: Callable[[Sequence[int], int, int], list[float]] | None = None
+    weights: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
 
 def check_order(order: int, dtype: torch.dtype | None) -> None:

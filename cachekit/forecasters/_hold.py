@@ -28,5 +28,5 @@ def hold() -> Forecaster:
         predict=lambda state, now: state.value,
         timed=False,
         memory=1,
-        weights=lambda nodes, step, steps: [0.0] * (len(nodes) - 1) + [1.0],
+        weights=lambda nodes, step, steps: torch.eye(nodes.shape[-1], dtype=nodes.dtype)[-1].expand_as(nodes),
     )

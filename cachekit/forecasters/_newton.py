@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import cachekit_kernels as kernels
@@ -59,10 +57,12 @@ def newton(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def predict(state: NewtonState, now: Clock) -> Tensor:
         return kernels.newton_predict(state.differences, now.step - state.nodes, dtype=state.like.dtype)
 
-    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
-        near = nodes[-order - 1 :]  # Lagrange's form of the polynomial through these
-        made = [math.prod((step - other) / (node - other) for other in near if other != node) for node in near]
-        return [0.0] * (len(nodes) - len(near)) + made
+    def weights(nodes: Tensor, step: Tensor, steps: int) -> Tensor:
+        near = nodes[..., -order - 1 :]  # Lagrange's form of the polynomial through these
+        same = torch.eye(near.shape[-1], dtype=torch.bool)
+        ahead, apart = step[..., None, None] - near[..., None, :], near[..., :, None] - near[..., None, :]
+        made = torch.where(same, 1.0, ahead / apart).prod(-1)
+        return torch.nn.functional.pad(made, (nodes.shape[-1] - made.shape[-1], 0))
 
     return Forecaster(
         name=f"newton {order}",

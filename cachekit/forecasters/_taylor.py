@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import cachekit_kernels as kernels
@@ -61,19 +60,17 @@ def taylor(order: int = 1, *, dtype: torch.dtype | None = None) -> Forecaster:
     def predict(state: TaylorState, now: Clock) -> Tensor:
         return kernels.taylor_predict(state.factors, now.step - state.last, dtype=state.like.dtype)
 
-    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
-        near = nodes[-order - 1 :]
-        rows = [[float(i == j) for j in range(len(near))] for i in range(len(near))]  # the value at every node
-        made, scale = list(rows[-1]), 1.0
-        for i in range(1, len(near)):
-            # The next derivative, at all nodes but the first.
-            rows = [
-                [(a - b) / (after - before) for a, b in zip(row, earlier, strict=True)]
-                for earlier, row, before, after in zip(rows, rows[1:], near[i - 1 :], near[i:], strict=False)
-            ]
-            scale *= (step - near[-1]) / i
-            made = [total + scale * weight for total, weight in zip(made, rows[-1], strict=True)]
-        return [0.0] * (len(nodes) - len(near)) + made
+    def weights(nodes: Tensor, step: Tensor, steps: int) -> Tensor:
+        near = nodes[..., -order - 1 :]
+        count = near.shape[-1]
+        # Every derivative at every node, in terms of the values at all of them.
+        rows = torch.eye(count, dtype=nodes.dtype).expand(*torch.broadcast_shapes(near.shape[:-1], step.shape), -1, -1)
+        made, scale = rows[..., -1, :], torch.ones_like(step)
+        for i in range(1, count):
+            rows = (rows[..., 1:, :] - rows[..., :-1, :]) / (near[..., i:] - near[..., i - 1 : -1])[..., None]
+            scale = scale * (step - near[..., -1]) / i
+            made = made + scale[..., None] * rows[..., -1, :]
+        return torch.nn.functional.pad(made, (nodes.shape[-1] - count, 0))
 
     return Forecaster(
         name=f"taylor {order}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cachekit_kernels as kernels
@@ -82,24 +82,30 @@ def two_point(
     def predict(state: TwoPointState, now: Clock) -> Tensor:
         return forecast(state, now.step - state.last, now)
 
-    shown = f"{weight:g}" if numeric else weight if isinstance(weight, str) else "of the step"
-    def weights(nodes: Sequence[int], step: int, steps: int) -> list[float]:
-        def share(now: int, skips: int) -> float:
-            if numeric and not feedback:
-                return float(weight)  # type: ignore[arg-type]
-            clock = Clock(torch.tensor(float(now)), torch.tensor(float(steps)))
-            return float(factor(clock, torch.tensor(float(skips)), torch.float64))
-
-        before = [0.0] * len(nodes)
-        change = list(before)
-        for n, node in enumerate(nodes):
+    def weights(nodes: Tensor, step: Tensor, steps: int) -> Tensor:
+        # What update and predict do, to the factors of the values instead of to a value.
+        same = torch.eye(nodes.shape[-1], dtype=nodes.dtype)
+        before = change = torch.zeros_like(nodes)
+        for n in range(nodes.shape[-1]):
             if feedback and n:
-                skips = node - nodes[n - 1] - 1
-                before = [a + share(node, skips) * b for a, b in zip(before, change, strict=True)]
-            value = [float(n == other) for other in range(len(nodes))]
-            change = [a - b if n else 0.0 for a, b in zip(value, before, strict=True)]
-            before = value
-        return [a + share(step, step - nodes[-1]) * b for a, b in zip(before, change, strict=True)]
+                before = before + _each(nodes[..., n], nodes[..., n] - nodes[..., n - 1] - 1, steps) * change
+            change = same[n] - before if n else change
+            before = same[n].expand_as(nodes)
+        return before + _each(step, step - nodes[..., -1], steps) * change
+
+    def _each(step: Tensor, skips: Tensor, steps: int) -> Tensor:
+        total = torch.tensor(float(steps), dtype=step.dtype)
+        if callable(weight):  # it knows single steps only
+            shares = {
+                now: float(weight(torch.tensor(now), torch.tensor(float(steps))))
+                for now in set(step.flatten().tolist())
+            }
+            made = torch.tensor([shares[now] for now in step.flatten().tolist()], dtype=step.dtype).reshape(step.shape)
+        else:
+            made = factor(Clock(step, total), skips, step.dtype)
+        return made[..., None]
+
+    shown = weight if isinstance(weight, str) else "of the step" if callable(weight) else _short(weight)
 
     return Forecaster(
         name=name or f"two-point {shown}",
@@ -111,3 +117,8 @@ def two_point(
         memory=None if feedback else 2,
         weights=weights,
     )
+
+
+def _short(number: float) -> str:
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)

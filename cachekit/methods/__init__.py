@@ -3,6 +3,7 @@
 from cachekit.methods._faster_cache import faster_cache
 from cachekit.methods._first_block import first_block_cache
 from cachekit.methods._mag import MagRatios, mag_cache, mag_calibration
+from cachekit.methods._planned import planned
 from cachekit.methods._pyramid import pyramid_attention_broadcast
 from cachekit.methods._step_mask import step_mask
 from cachekit.methods._taylorseer import taylorseer
@@ -13,6 +14,7 @@ __all__ = [
     "first_block_cache",
     "mag_cache",
     "mag_calibration",
+    "planned",
     "pyramid_attention_broadcast",
     "step_mask",
     "taylorseer",

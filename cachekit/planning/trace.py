@@ -1,69 +1,409 @@
-"""What is kept of one uncached run."""
+"""What is kept of one uncached run: inner products and distances, instead of the values."""
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cachekit.errors import ArgumentError
+from cachekit.deciders import Sums
+from cachekit.deciders._decider import doubles, trajectory
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
+from cachekit.methods._mag import MagRatios
+from cachekit.planning.recording import RecordState
+from cachekit.signals import change
+from cachekit.state import State, summary
+
+FORMAT = 1
+SITES = ("output", "chain", "probe", "rest")
+"""What a recording has: what the model returns; residuals of whole chains; of the first block of the leading one; and
+of the chains without that block, which FirstBlockCache leaves out."""
+ONLY = ""
+"""Name of the stream where there is one."""
+
+
+class Recorded(NamedTuple):
+    """Of one site of one stream. Every matrix is float64."""
+
+    gram: Tensor  # [T, T], inner products <V_i, V_j> of the values of steps i and j
+    distances: Tensor  # [T, T], sum |V_i - V_j|; of the denoised stream where it is a residual; [0, 0] of large sites
+    magnitudes: Tensor  # [T], sum |V_j|, likewise
+    ratios: Tensor  # [T], mean over tokens of ||V_i|| / ||V_{i-1}||, 1 at step 0
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Inner products of what one uncached run computed at a site, step by step: all that a linear forecast depends on.
+    """Inner products of what one uncached run computed, step by step: all that a linear forecast depends on.
 
     Attributes:
-        gram: [T, T] float64, `<V_i, V_j>` of the values of steps i and j, over all streams of the site.
-        timesteps: [T] float64, as given to `init`.
-        sizes: [T] float64, how far the sampler goes with the value of each step; all 1 where it is not known.
-        distances: [T, T] float64, `sum |r_i - r_j|` of the probe's residual; None where no probe was recorded.
-        magnitudes: [T] float64, `sum |r_j|` of the same.
-        notes: what it was recorded from, for people.
+        streams: stream -> site -> what was recorded of it; the sites are some of "output", "chain", "probe", "rest".
+        timesteps: [T] float64, as given to `init`; NaN where only their number is known.
+        step_sizes: [T] float64, how far the sampler goes with the value of each step.
+        notes: what it was recorded from, for people: model, scheduler, guidance.
 
     Raises:
         ArgumentError: the matrices do not fit together.
+
+    Example:
+        >>> import torch, cachekit as ck
+        >>> trace = ck.Trace.of([torch.ones(2), torch.tensor([1.0, 3.0])], [1000, 500])
+        >>> trace.gram("output")
+        tensor([[ 2.,  4.],
+                [ 4., 10.]], dtype=torch.float64)
     """
 
-    gram: Tensor
+    streams: Mapping[str, Mapping[str, Recorded]]
     timesteps: Tensor
-    sizes: Tensor
-    distances: Tensor | None = None
-    magnitudes: Tensor | None = None
+    step_sizes: Tensor
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
-        given = {"gram": self.gram, "distances": self.distances}
-        for name, matrix in given.items():
-            if matrix is not None and tuple(matrix.shape) != (steps, steps):
-                raise ArgumentError(f"`{name}` is {list(matrix.shape)}, and there are {steps} timesteps: give [T, T].")
-        for name, row in {"sizes": self.sizes, "magnitudes": self.magnitudes}.items():
-            if row is not None and tuple(row.shape) != (steps,):
-                raise ArgumentError(f"`{name}` is {list(row.shape)}, and there are {steps} timesteps: give [T].")
+        if tuple(self.step_sizes.shape) != (steps,):
+            raise ArgumentError(
+                f"`step_sizes` is {list(self.step_sizes.shape)}, and there are {steps} timesteps: give one a step."
+            )
+        if not self.streams:
+            raise ArgumentError("`streams` is empty. A trace is of at least one stream.")
+        for stream, sites in self.streams.items():
+            for site, recorded in sites.items():
+                if tuple(recorded.gram.shape) != (steps, steps):
+                    raise ArgumentError(
+                        f"The Gram matrix of {site!r} of stream {stream!r} is {list(recorded.gram.shape)}, and there "
+                        f"are {steps} timesteps: give [{steps}, {steps}]."
+                    )
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """What was recorded, of every stream."""
+        return tuple(site for site in SITES if all(site in sites for sites in self.streams.values()))
+
+    # Making one ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_state(
+        cls,
+        state: State | Mapping[str, State],
+        *,
+        step_sizes: Sequence[float] | Tensor | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Trace:
+        """What a run under `recording` has written down.
+
+        Args:
+            state: after the last step; or the states of several streams by name, {"cond": ..., "uncond": ...}, whose
+                errors then count together.
+            step_sizes: [T], how far the sampler goes with each step: for Euler steps of flow matching the differences
+                of sigma. None takes those of the timesteps, down to 0, which is the same up to a factor; or 1
+                throughout where they are not known.
+            notes: for people, and for `cachekit.planned` to compare: model, scheduler, guidance.
+
+        Raises:
+            StateError: a trajectory is not finished, or was not run under `recording`; or they are not alike.
+            ArgumentError: `step_sizes` is of another length.
+        """
+        states = {ONLY: state} if isinstance(state, State) else dict(state)
+        streams, times = {}, None
+        for name, each in states.items():
+            log = summary(each)
+            if log.steps < len(log.timesteps):
+                raise StateError(
+                    f"`state` {name!r} has done {log.steps} of {len(log.timesteps)} steps. Record whole trajectories."
+                )
+            if times is not None and not torch.equal(times.nan_to_num(), each.timesteps.nan_to_num()):
+                raise StateError("`state` holds trajectories with different timesteps. Make a trace of each.")
+            times = each.timesteps
+            streams[name] = _recorded(each)
+        if times is None:
+            raise ArgumentError("`state` is an empty mapping. Give the state of at least one stream.")
+        return cls(streams, times.clone(), _sizes(times, step_sizes), _texts(notes))
+
     @classmethod
     def of(
-        cls, values: Sequence[Tensor], timesteps: Sequence[float] | Tensor, sizes: Sequence[float] | Tensor | None = None
+        cls,
+        values: Sequence[Tensor],
+        timesteps: int | Sequence[float] | Tensor,
+        *,
+        step_sizes: Sequence[float] | Tensor | None = None,
+        site: str = "output",
+        notes: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """The trace of values that are at hand: one tensor a step, of any shape.
+        """The trace of values that are at hand: one tensor a step, of any shape."""
+        if site not in SITES:
+            raise ArgumentError(f"`site` must be one of {', '.join(map(repr, SITES))}, got {site!r}.")
+        times = trajectory(timesteps)
+        rows = torch.stack([value.detach().flatten() for value in values])
+        norms = [torch.linalg.vector_norm(value.detach(), dim=-1, dtype=torch.float32).flatten() for value in values]
+        recorded = _of_rows([rows], rows, [torch.stack(norms)])
+        return cls({ONLY: {site: recorded}}, times, _sizes(times, step_sizes), _texts(notes))
 
-        Example:
-            >>> import torch
-            >>> Trace.of([torch.ones(2), torch.tensor([1.0, 3.0])], [1000, 500]).gram
-            tensor([[ 2.,  4.],
-                    [ 4., 10.]], dtype=torch.float64)
+    # Asking it -------------------------------------------------------------------------------------------------
+
+    def gram(self, site: str) -> Tensor:
+        """[T, T] float64: inner products over all streams of a site."""
+        return self._grams[self._known(site)]
+
+    @functools.cached_property
+    def _grams(self) -> dict[str, Tensor]:
+        return {site: sum_of([sites[site].gram for sites in self.streams.values()]) for site in self.sites}
+
+    def norm(self, site: str, coefficients: Tensor) -> Tensor:
+        """The norms of combinations of the values of a site: coefficients [..., T] float64 -> [...]."""
+        return ((coefficients @ self.gram(site)) * coefficients).sum(-1).clamp(min=0).sqrt()
+
+    def sums(self, stream: str) -> list[list[Sums]]:
+        """What a decider would be shown of the probe: `sums[step][computed]`, against the last computed step."""
+        return self._sums[stream]
+
+    @functools.cached_property
+    def _sums(self) -> dict[str, list[list[Sums]]]:
+        return {
+            name: [
+                [Sums(distance, size) for distance, size in zip(row, sites["probe"].magnitudes.tolist(), strict=True)]
+                for row in sites["probe"].distances.tolist()
+            ]
+            for name, sites in self.streams.items()
+            if "probe" in sites
+        }
+
+    @functools.cached_property
+    def times(self) -> tuple[float, ...]:
+        """The timesteps as numbers."""
+        return tuple(self.timesteps.tolist())
+
+    def mag_ratios(self, stream: str | None = None) -> MagRatios:
+        """The magnitude ratios for `mag_cache`: those that `mag_calibration` would log.
+
+        Args:
+            stream: whose; None for the mean of all.
         """
-        flat = torch.stack([value.detach().flatten().double().cpu() for value in values])
-        times = torch.as_tensor(timesteps, dtype=torch.float64)
-        given = torch.ones(len(flat)) if sizes is None else torch.as_tensor(sizes)
-        return cls(gram=flat @ flat.T, timesteps=times, sizes=given.double())
+        self._known("chain")
+        if stream is not None and stream not in self.streams:
+            raise ArgumentError(f"`stream` {stream!r} was not recorded; {list(self.streams)} were.")
+        chosen = [sites["chain"].ratios for name, sites in self.streams.items() if stream in (None, name)]
+        mean = torch.stack(chosen).mean(0)
+        return MagRatios(
+            tuple(mean.tolist()), model=self.notes.get("model", ""), scheduler=self.notes.get("scheduler", "")
+        )
 
-    def error(self, coefficients: Tensor) -> Tensor:
-        """The norms of combinations of the values: coefficients [..., T] float64 -> [...]."""
-        return torch.einsum("...i,ij,...j->...", coefficients, self.gram, coefficients).clamp(min=0).sqrt()
+    def fit_polynomial(self, degree: int = 4) -> tuple[float, ...]:
+        """Coefficients, highest power first, that tell the change of the output from that of the probe: TeaCache's.
+
+        Least squares over all neighbouring steps of all streams, of the relative L1 change of the output by that of
+        the residual of the first block.
+
+        Raises:
+            ArgumentError: `degree` is no int >= 0, or there are too few steps.
+
+        Source: TeaCache, arXiv 2411.19108, section 3.3.
+        """
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
+            raise ArgumentError(f"`degree` must be an int >= 0, got {degree!r}.")
+        if len(self) < degree + 2:
+            raise ArgumentError(f"`degree` is {degree}, and {len(self)} steps have {len(self) - 1} changes: take less.")
+        self._known("probe"), self._known("output")
+        seen, went = [], []
+        for sites in self.streams.values():
+            for site, into in (("probe", seen), ("output", went)):
+                steps = torch.arange(1, len(self))
+                into.append(sites[site].distances[steps, steps - 1] / sites[site].magnitudes[:-1])
+        x, y = torch.cat(seen), torch.cat(went)
+        powers = torch.stack([x**power for power in range(degree, -1, -1)], dim=-1)
+        return tuple(torch.linalg.lstsq(powers, y[:, None], driver="gelsd").solution[:, 0].tolist())
+
+    def resample(
+        self, timesteps: Sequence[float] | Tensor, *, step_sizes: Sequence[float] | Tensor | None = None
+    ) -> Trace:
+        """The trace of another trajectory, by interpolation between the steps that were recorded.
+
+        Every value is taken as linear in the timestep between two recorded ones, and as that of the end beyond the
+        ends: what a recording of that trajectory would give, as far as the sampler went the same way.
+
+        Raises:
+            ArgumentError: the timesteps of either are not known, or not in order.
+        """
+        times = trajectory(timesteps)
+        for name, each in (("timesteps", times), ("the trace", self.timesteps)):
+            falls = each.diff() < 0
+            if bool(each.isnan().any()) or not (bool(falls.all()) or len(each) == 1):
+                raise ArgumentError(f"`{name}` has no falling timesteps to interpolate over: {each.tolist()}.")
+        weights = _between(self.timesteps, times)
+        streams = {
+            name: {site: _mixed(recorded, weights) for site, recorded in sites.items()}
+            for name, sites in self.streams.items()
+        }
+        notes = {**self.notes, "resampled": f"from {len(self)} steps"}
+        return Trace(streams, times, _sizes(times, step_sizes), notes)
+
+    def _known(self, site: str) -> str:
+        if site not in self.sites:
+            raise ArgumentError(
+                f"{site!r} was not recorded, only {', '.join(map(repr, self.sites))}. Record it with "
+                "cachekit.recording(sites=...)."
+            )
+        return site
+
+    # Files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: some 10 KB a site and stream for 50 steps."""
+        from safetensors.torch import save_file
+
+        tensors = {"timesteps": self.timesteps, "step_sizes": self.step_sizes}
+        for n, sites in enumerate(self.streams.values()):
+            for site, recorded in sites.items():
+                tensors.update({f"{n}/{site}/{name}": each for name, each in recorded._asdict().items()})
+        about = {"version": FORMAT, "streams": list(self.streams), "notes": {**self.notes}}
+        save_file({name: each.contiguous() for name, each in tensors.items()}, path, {"cachekit": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote.
+
+        Raises:
+            ArgumentError: the file is no trace, or of a version this release does not know.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as opened:
+                about = json.loads((opened.metadata() or {})["cachekit"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            version, names = about["version"], about["streams"]
+            streams: dict[str, dict[str, Recorded]] = {name: {} for name in names}
+            for key in tensors:
+                n, slash, rest = key.partition("/")
+                if slash and rest.endswith("/gram"):
+                    site = rest.removesuffix("/gram")
+                    fields = {each: tensors[f"{n}/{site}/{each}"] for each in Recorded._fields}
+                    streams[names[int(n)]][site] = Recorded(**fields)
+            made = cls(streams, tensors["timesteps"], tensors["step_sizes"], _texts(about["notes"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ArgumentError(f"`path` {str(path)!r} holds no trace ({error!r}). Save it again.") from error
+        if version is True or version != FORMAT:
+            raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
+        return made
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape."""
+    return torch.stack(list(tensors)).sum(0)
+
+
+def _recorded(state: State) -> dict[str, Recorded]:
+    """What a state has written down, by site."""
+    by_site: dict[str, list[RecordState]] = {}
+    for name, records in state.sites.items():
+        for record in records:
+            if not isinstance(record, RecordState):
+                raise StateError("`state` holds no recording. Run the trajectory under cachekit.recording().")
+            site = "output" if name.startswith("output") else "chain"
+            site = next((each for each in ("probe", "rest") if f"({each})" in name), site)
+            by_site.setdefault(site, []).append(record)
+    made = {}
+    for site, records in by_site.items():
+        first = records[0]
+        looked_at = (first.sample if first.sample.shape[1] else first.rows) if site in ("output", "probe") else None
+        norms = [record.norms for record in records if record.norms.shape[1]]
+        made[site] = _of_rows([record.rows for record in records], looked_at, norms)
+    return made
+
+
+def _of_rows(rows: Sequence[Tensor], looked_at: Tensor | None, norms: Sequence[Tensor]) -> Recorded:
+    """From the values [T, n] of every stream of a site; the one that deciders look at; and token norms [T, tokens]."""
+    wide = [each.double() for each in rows]
+    gram = sum_of([each @ each.T for each in wide]).cpu()
+    distances, magnitudes = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    if looked_at is not None:
+        distances, magnitudes = _distances(looked_at)
+    return Recorded(gram, distances, magnitudes, _ratios(norms, len(gram)))
+
+
+def _distances(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What `signals.change` measures between any two of the values [T, n]: [T, T] and [T], on the CPU."""
+    steps = len(rows)
+    sums = [[change(rows[i], rows[j]) for j in range(i + 1)] for i in range(steps)]
+    flat = torch.stack([pair.numerator for row in sums for pair in row]).double().cpu()
+    i, j = torch.tril_indices(steps, steps)
+    distances = torch.zeros(steps, steps, dtype=torch.float64)
+    distances[i, j] = flat
+    distances[j, i] = flat
+    return distances, torch.stack([row[-1].denominator for row in sums]).double().cpu()
+
+
+def _ratios(norms: Sequence[Tensor], steps: int) -> Tensor:
+    """The mean over all tokens of the norm over that of the step before, 1 where that was zero: [T]."""
+    if not norms:
+        return torch.ones(steps, dtype=torch.float64)
+    tokens = torch.cat([each.double() for each in norms], dim=1).cpu()
+    ratios = torch.where(
+        tokens[:-1] != 0, tokens[1:] / tokens[:-1], torch.where(tokens[1:].isfinite(), 1.0, tokens[1:])
+    )
+    return torch.cat((torch.ones(1, dtype=torch.float64), ratios.mean(1)))
+
+
+def _sizes(times: Tensor, given: Sequence[float] | Tensor | None) -> Tensor:
+    if given is not None:
+        sizes = doubles(given)
+        if tuple(sizes.shape) != (len(times),):
+            raise ArgumentError(f"`step_sizes` is {list(sizes.shape)} for {len(times)} steps: give one a step.")
+        return sizes
+    if bool(times.isnan().any()):
+        return torch.ones(len(times), dtype=torch.float64)
+    return torch.cat((times, times.new_zeros(1))).diff().neg()
+
+
+def _texts(notes: Mapping[str, Any] | None) -> dict[str, str]:
+    if notes is not None and not isinstance(notes, Mapping):
+        raise ArgumentTypeError(f"`notes` must be a mapping of names to texts, got {type(notes).__name__}.")
+    return {str(key): str(value) for key, value in (notes or {}).items()}
+
+
+def _between(old: Tensor, new: Tensor) -> Tensor:
+    """[new T, old T]: the value at a new timestep as a combination of those at the old ones, which fall."""
+    if len(old) == 1:
+        return torch.ones(len(new), 1, dtype=torch.float64)
+    right = torch.searchsorted(-old, -new).clamp(1, len(old) - 1)
+    share = ((old[right - 1] - new) / (old[right - 1] - old[right])).clamp(0, 1)
+    weights = torch.zeros(len(new), len(old), dtype=torch.float64)
+    rows = torch.arange(len(new))
+    weights[rows, right - 1] = 1 - share
+    weights[rows, right] = share
+    return weights
+
+
+def _mixed(recorded: Recorded, weights: Tensor) -> Recorded:
+    """Of combinations of the values."""
+    gram = weights @ recorded.gram @ weights.T
+    distances, magnitudes = recorded.distances, recorded.magnitudes
+    if len(distances):
+        # How far two values are apart is known of their norms alone; of what |.| makes of that, from the steps nearby.
+        def apart(gram: Tensor) -> Tensor:
+            size = gram.diagonal()
+            return (size[:, None] + size - 2 * gram).clamp(min=0).sqrt()
+
+        old = apart(recorded.gram)
+        known = ~torch.eye(len(old), dtype=torch.bool) & (old > 0)
+        typical = (distances[known] / old[known]).mean() if bool(known.any()) else torch.tensor(0.0)
+        distances = (weights @ torch.where(known, distances / old, typical) @ weights.T) * apart(gram)
+        magnitudes = weights @ magnitudes
+    # A ratio is a change over one step: over another distance in time it goes on in the same way.
+    size = torch.cat((recorded.ratios.new_zeros(1), recorded.ratios[1:].clamp(min=1e-12).log())).cumsum(0)
+    logs = weights @ size
+    ratios = torch.cat((logs.new_zeros(1), logs.diff())).exp()
+    return Recorded(gram, distances, magnitudes, ratios)
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

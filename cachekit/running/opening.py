@@ -45,6 +45,7 @@ class Opened:
         sites: Sites = "chain",
         groups: Sequence[str] = (),
         guided: bool = False,
+        recorded: Sequence[str] = (),
     ) -> None:
         self.original = unwrap(model)
         self.layouts: dict[tuple[str, ...], Layout] = {}
@@ -52,6 +53,7 @@ class Opened:
         self._sites = sites
         self._groups = tuple(groups)
         self._guided = guided
+        self._recorded = tuple(recorded)
         self._stated = stated
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
@@ -111,7 +113,9 @@ class Opened:
                 _refuse(self.original)
                 inside = part_paths(self.original, self._paths, self._sites)
                 record, same = discover(self.original, self._paths, inside, args, kwargs, device)
-                laid_out = lay_out(record, self._front, self._stated, self._sites, self._groups, self._guided)
+                laid_out = lay_out(
+                    record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
+                )
                 if not same(laid_out.layout):
                     raise StructureError(_UNLIKE)
                 found = self._found[signature] = self._register(laid_out)

@@ -32,14 +32,18 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     output, probed = frame["layout"].output, bool(frame["layout"].spans)
     if frame["mode"] == PROBE:
         return model(*args, **kwargs)
-    if not probed or (frame["mode"] == ACTION and not computes(frame)):
+    if not probed and frame["layout"].recorded:
+        frame["entered"] = False
+        check_given(frame, output, args, kwargs)
+    elif not probed or (frame["mode"] == ACTION and not computes(frame)):
         frame["entered"] = False
         check_given(frame, output, args, kwargs)
         return at_output(frame, output, lambda: model(*args, **kwargs))
     values = _tensors_of(frame, output, model(*args, **kwargs))  # it has decided on the way
-    if frame["mode"] == GRAPH:
+    recorded = frame["layout"].recorded
+    if frame["mode"] == GRAPH and not recorded:
         return _assembled(output, _chosen(frame, output, values))
-    if computes(frame):
+    if recorded or computes(frame):
         _remember(frame, output, values)
         return _assembled(output, values)
     return _assembled(output, _foreseen(frame, output))

@@ -90,12 +90,16 @@ def _check_call(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any],
 def _run(frame: Frame, span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
     """Run the blocks of a span, each on its own arguments and the results of those before."""
     outputs: list[Any] = []
+    tap = frame["layout"].tap
     for member, (args, kwargs) in enumerate(calls):
         if span.links[member]:
             args, kwargs = _linked(span, member, args, kwargs, outputs)
         for earlier in span.release[member]:
             outputs[earlier] = None
         outputs.append(frame["blocks"][span.paths[member]](*args, **kwargs))
+        if tap is not None and span.name == tap.span and member == len(tap.front.paths) - 1:
+            # What later blocks write to in place is looked at now.
+            frame["tapped"] = pytree.tree_map_only(Tensor, torch.clone, outputs[-1]) if span.mutated else outputs[-1]
         del args, kwargs
     return outputs[-1]
 
@@ -146,23 +150,45 @@ def _site(frame: Frame, span: Span, calls) -> tuple[Any, list[Tensor]]:
     bases = _bases(span, calls)
     if mode == PROBE:
         return None, bases
-    if frame["layout"].output is not None:
+    recorded = frame["layout"].recorded
+    if frame["layout"].output is not None and not recorded:
         return _in_vain(frame, span, calls, bases)
     if frame["layout"].parts or mode == REPLAY:
         output = _run(frame, span, calls)
         return output, _values(span, output)
     states = frame["sites"][span.name]
-    if mode == GRAPH:
+    if mode == GRAPH and not recorded:
         return None, _written(span, calls, _branch(frame, span, calls, states))
-    if computes(frame):
+    if recorded or computes(frame):
         output = _run(frame, span, calls)
         values = _values(span, output)
         residuals = _residuals(span, values, bases, states)
         if frame["observe"]:
             frame["sums"] = _add(frame["sums"], _observed(frame, span, residuals, states))
         remember(frame, span.name, updated(frame, residuals, states))
+        if frame["tapped"] is not None:
+            _tap(frame, span, bases, residuals)
         return output, values
     return None, _written(span, calls, _forecast(frame, span, bases, states))
+
+
+def _tap(frame: Frame, span: Span, bases: list[Tensor], residuals: list[Tensor]) -> None:
+    """Record what a probe would have seen of this span, and what would have been left out after it."""
+    tap, out = frame["layout"].tap, frame["tapped"]
+    frame["tapped"] = None
+    base = {stream.key: each for stream, each in zip(span.streams, bases, strict=True)}
+    front = {
+        stream.key: result(out, tap.front.treespecs[-1], stream.leaf) - base[stream.key]
+        for stream in tap.front.streams
+        if stream.key in base
+    }
+    rest = [
+        residual - front[stream.key] if stream.key in front else residual
+        for stream, residual in zip(span.streams, residuals, strict=True)
+    ]
+    main = front[tap.front.streams[tap.front.main].key]
+    for name, values in ((tap.front.name, [main]), (tap.rest, rest)):
+        remember(frame, name, updated(frame, values, frame["sites"][name]))
 
 
 def _in_vain(frame: Frame, span: Span, calls, bases: list[Tensor]) -> tuple[Any, list[Tensor]]:

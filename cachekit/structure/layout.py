@@ -89,6 +89,14 @@ class Output(NamedTuple):
     copied: bool = True  # whether what is remembered is a copy: others may write to what is returned
 
 
+class Tap(NamedTuple):
+    """Where a recording looks into a span: after its first blocks."""
+
+    span: str  # name of the leading span
+    front: Span  # the first blocks of it, which a probe would be
+    rest: str  # name of what is recorded of the others
+
+
 class Layout(NamedTuple):
     """Where a policy stands in a model."""
 
@@ -99,10 +107,16 @@ class Layout(NamedTuple):
     early: tuple[str, ...]  # modules whose results, computed with the probe, need not be computed again after it
     written: str | None  # an argument or buffer of the model that its forward writes to
     roles: dict[str, tuple[tuple[int, int], ...]]  # block -> (span, member) of each of its calls; (-1, -1) for none
+    recorded: bool = False  # whether all runs, and output and spans are both remembered
+    tap: Tap | None = None  # of a recording
 
     @property
     def sites(self) -> tuple[Span | Output, ...]:
         """What can be left out, and is remembered."""
+        if self.recorded:
+            outputs = (self.output,) if self.output is not None else ()
+            taps = (self.tap.front, self.tap.front._replace(name=self.tap.rest)) if self.tap is not None else ()
+            return (*outputs, *self.spans, *taps)
         if self.output is not None:
             return (self.output,)
         if self.parts:
@@ -117,7 +131,12 @@ class Layout(NamedTuple):
         parts = {
             path: tuple(part._replace(name=part.name + suffix) for part in calls) for path, calls in self.parts.items()
         }
-        return self._replace(spans=spans, output=output, guided=guided, parts=parts)
+        tap = self.tap and Tap(
+            self.tap.span + suffix,
+            self.tap.front._replace(name=self.tap.front.name + suffix),
+            self.tap.rest + suffix,
+        )
+        return self._replace(spans=spans, output=output, guided=guided, parts=parts, tap=tap)
 
 
 class Found(NamedTuple):

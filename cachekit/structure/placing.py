@@ -10,7 +10,7 @@ from typing import Any
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
-from cachekit.structure.layout import ALL, Found, Layout, Like, Output, Span, Stream
+from cachekit.structure.layout import ALL, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
 from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure.spans import aliases_of, name_of, span_of
@@ -23,6 +23,7 @@ def lay_out(
     sites: Sites = "chain",
     groups: Sequence[str] = (),
     guided: bool = False,
+    recorded: Sequence[str] = (),
 ) -> Found:
     """Where a policy with `front` probe blocks stands: its spans, and what is left to run always.
 
@@ -33,6 +34,7 @@ def lay_out(
         sites: "chain", "output", one of `PARTS`, or patterns of names.
         groups: kinds of parts, where each has a decision of its own; the others always run then.
         guided: whether guidance is a site too. The record is that of the conditional half then.
+        recorded: what a policy records instead of leaving it out: "output", "chain", "probe".
 
     Raises:
         StructureError: there is no chain, or nothing to skip in it.
@@ -43,6 +45,8 @@ def lay_out(
     else:
         layout = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
         found = Found(layout, (), None, {}, (), "none", "none is needed", (), record.faked)
+    if recorded:
+        return _recorded(found, record, stated, output if "output" in recorded else None, tapped="probe" in recorded)
     if sites == "output":
         if not output.dtypes:
             raise StructureError(
@@ -62,6 +66,29 @@ def lay_out(
         )
     layout = found.layout._replace(guided=output._replace(name=GUIDANCE, group=GUIDANCE))
     return found._replace(layout=layout, specs=(*found.specs, _specs(record.outs)))
+
+
+def _recorded(found: Found, record: Record, stated: Sequence[Chain], output: Output | None, *, tapped: bool) -> Found:
+    """With all that a recording looks at as a site."""
+    layout, specs = found.layout._replace(recorded=True, output=output), found.specs
+    if output is not None:
+        specs = (_specs(record.outs), *specs)
+    if tapped:
+        # The same chain with a probe: what would be measured before a decision, and what would be left out after it.
+        front = next(span for span in _with_chains(record, 1, stated, remembered=False).layout.spans if span.front)
+        lead = next(span for span in layout.spans if span.paths[: len(front.paths)] == front.paths)
+        whole = specs[len(specs) - len(layout.spans) + layout.spans.index(lead)]
+        keys = [stream.key for stream in lead.streams]
+        main = front.streams[front.main]
+        if main.key not in keys:
+            raise StructureError(
+                f"What {front.name} hands on as {main.key!r} does not run through {lead.name}, so there is no probe to "
+                'record. Leave "probe" out of `sites`.'
+            )
+        probe = front._replace(name=f"{lead.name} (probe)")
+        layout = layout._replace(tap=Tap(lead.name, probe, f"{lead.name} (rest)"))
+        specs = (*specs, (whole[keys.index(main.key)],), whole)
+    return found._replace(layout=layout, specs=specs)
 
 
 def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str]) -> Found:

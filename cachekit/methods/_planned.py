@@ -1,0 +1,87 @@
+"""A plan that was found on a recording, as a policy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cachekit import deciders, forecasters
+from cachekit.deciders import Decider
+from cachekit.errors import ArgumentError, ArgumentTypeError
+from cachekit.forecasters import Forecaster
+from cachekit.methods._first_block import check_forecaster
+from cachekit.plans import Plan
+from cachekit.policy import Policy
+
+
+def planned(
+    plan: Plan, *, forecaster: Forecaster | None = None, scheduler: str | None = None, guidance: float | None = None
+) -> Policy:
+    """Compute the steps of a plan. Nothing is measured: no probe, no read from the device, two programs.
+
+    Args:
+        plan: from `cachekit.plan`, `cachekit.choose` or `Plan.load`.
+        forecaster: what stands in between; None for that of the plan.
+        scheduler, guidance: what it is used with, where that is to be compared with what was recorded.
+
+    Raises:
+        ArgumentTypeError: `plan` is no plan.
+        ArgumentError: the plan was made for another scheduler or guidance; and at `init`, for another number of steps
+            or other timesteps: plan with `timesteps=..., resample=True` then.
+
+    Example:
+        >>> import torch, cachekit as ck
+        >>> trace = ck.Trace.of([torch.tensor([float(step**2)]) for step in range(8)], 8)
+        >>> policy = ck.planned(ck.plan(trace, computed=4))
+        >>> policy.static, policy.name
+        (True, 'planned(4 of 8, newton 1, output)')
+    """
+    if not isinstance(plan, Plan):
+        raise ArgumentTypeError(f"`plan` must be a Plan, got {type(plan).__name__}. Plan.load reads one.")
+    if plan.kinds:
+        raise ArgumentError("`plan` has a plan for each kind of module. Give one for the output or for chains.")
+    check_forecaster(forecaster)
+    for name, given in {"scheduler": scheduler, "guidance": guidance}.items():
+        noted = plan.notes.get(name)
+        if given is not None and noted is not None and not _same(str(given), noted):
+            raise ArgumentError(f"`{name}` is {given!r}, and the plan was made for {noted!r}. Record a trace with it.")
+    made = forecaster or forecasters.named(plan.forecaster)
+    return Policy(
+        name=f"planned({len(plan.steps)} of {len(plan)}, {made.name}, {plan.site})",
+        decider=_decider(plan),
+        forecaster=made,
+        sites=plan.site,
+    )
+
+
+def _decider(plan: Plan) -> Decider:
+    mask, times = deciders.mask(plan.computed), torch.tensor(plan.timesteps, dtype=torch.float64)
+
+    def init(timesteps: Tensor):
+        if len(timesteps) != len(plan):
+            raise ArgumentError(
+                f"The plan is for {len(plan)} steps, the trajectory has {len(timesteps)}. Plan for these: "
+                "cachekit.plan(trace, timesteps=..., resample=True)."
+            )
+        if len(times) and not bool(timesteps.isnan().any()):
+            off = (timesteps - times).abs()
+            # A tenth of a step: what a scheduler rounds is no other trajectory.
+            apart = times.diff().abs().mean().item() if len(times) > 1 else math.inf
+            if bool((off > 0.1 * apart).any()):
+                step = int(off.argmax())
+                raise ArgumentError(
+                    f"The plan is for timestep {times[step]:g} at step {step}, the trajectory has "
+                    f"{timesteps[step]:g}. Plan for these: cachekit.plan(trace, timesteps=..., resample=True)."
+                )
+        return mask.init(timesteps)
+
+    return mask._replace(name=f"plan of {len(plan.steps)} of {len(plan)} steps", init=init)
+
+
+def _same(given: str, noted: str) -> bool:
+    try:
+        return float(given) == float(noted)
+    except ValueError:
+        return given == noted

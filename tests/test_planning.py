@@ -1,0 +1,747 @@
+"""One recording answers for every policy: replays are the live run, plans are the best there are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+
+import dit
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cachekit as ck
+from cachekit import ArgumentError, ArgumentTypeError, StateError, TraceWarning
+from cachekit.forecasters import Clock, Forecaster, hold, newton, taylor, two_point
+from cachekit.planning.replay import deviations
+
+STEPS = 12
+FORECASTERS = {
+    "hold": hold(),
+    **{f"newton {order}": newton(order) for order in range(4)},
+    **{f"taylor {order}": taylor(order) for order in range(4)},
+    "two-point": two_point(0.3),
+    "ramp": two_point("ramp"),
+    "of the step": two_point(lambda step, steps: step / (steps + 1)),
+    "feedback": two_point(0.4, feedback=True),
+}
+FLOWS = ("plain", "two", "interleaved", "swapped", "inplace")
+
+
+def plans_of(steps: int) -> st.SearchStrategy[list[int]]:
+    """Computed steps of a trajectory, step 0 among them."""
+    return st.sets(st.integers(1, steps - 1), min_size=1, max_size=steps - 1).map(lambda rest: [0, *sorted(rest)])
+
+
+def inputs(step: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model is called with at a step, whatever it returned before."""
+    generator = torch.Generator().manual_seed(seed)
+    start, end = torch.randn(2, 2, dit.IMAGE, dit.CHANNELS, generator=generator)
+    text = torch.randn(2, dit.WORDS, dit.CHANNELS, generator=generator)
+    share = step / STEPS
+    return start * (1 - share) + end * share, torch.full((2,), 1 - share), text
+
+
+def times() -> Tensor:
+    """The timesteps of these inputs."""
+    return torch.tensor([1000.0 * (1 - step / STEPS) for step in range(STEPS)], dtype=torch.float64)
+
+
+def model_of(flow: str) -> dit.DiT:
+    """A model with weights of its own."""
+    torch.manual_seed(3)
+    return dit.DiT(flow)
+
+
+@torch.no_grad()
+def run(step, seed: int = 0) -> tuple[list[Tensor], ck.State]:
+    """All steps on the same inputs: what they return, and the last state."""
+    state, outs = step.init(times(), *inputs(0, seed)), []
+    for now in range(STEPS):
+        out, state = step(state, *inputs(now, seed))
+        outs.append(out.clone())
+    return outs, state
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, ck.Trace]:
+    """A trace of every flow."""
+    return {flow: ck.Trace.from_state(run(ck.cache(model_of(flow), ck.recording()))[1]) for flow in FLOWS}
+
+
+def smooth(seed: int, steps: int, numbers: int = 6) -> list[Tensor]:
+    """Values that change from step to step as those of a model do: slowly, and not evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    base, slope, bend, noise = torch.randn(4, numbers, generator=generator, dtype=torch.float64)
+    share = [step / steps for step in range(steps)]
+    return [base + slope * s + bend * math.sin(5 * s) + 0.05 * noise * (-1) ** n for n, s in enumerate(share)]
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+def forecast(forecaster: Forecaster, values: list[Tensor], nodes: list[int], step: int) -> Tensor:
+    """By updates with what was computed, and one prediction."""
+    state, steps = forecaster.init(values[0]), torch.tensor(float(len(values)))
+    for node in nodes:
+        state = forecaster.update(state, values[node], Clock(torch.tensor(float(node)), steps))
+    return forecaster.predict(state, Clock(torch.tensor(float(step)), steps))
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_weights_are_what_is_predicted(name, data):
+    forecaster, values = FORECASTERS[name], smooth(data.draw(st.integers(0, 99)), STEPS)
+    nodes = data.draw(plans_of(STEPS - 1))
+    step = data.draw(st.integers(nodes[-1] + 1, STEPS - 1))
+    near = nodes if forecaster.memory is None else nodes[-forecaster.memory :]
+    weights = forecaster.weights(torch.tensor(near).double(), torch.tensor(float(step)).double(), STEPS)
+    combined = sum(weight * values[node] for weight, node in zip(weights, near, strict=True))
+    predicted = forecast(forecaster, values, nodes, step)
+    torch.testing.assert_close(combined, predicted, rtol=1e-5, atol=1e-5 * float(weights.abs().sum()))
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+def test_weights_of_many_groups_at_once(name):
+    forecaster = FORECASTERS[name]
+    count = forecaster.memory or 3
+    groups = torch.tensor(list(itertools.combinations(range(6), count))).double()
+    steps = torch.arange(6, 9).double()
+    together = forecaster.weights(groups[:, None], steps, 9).expand(len(groups), 3, count)
+    for n, group in enumerate(groups):
+        for k, step in enumerate(steps):
+            torch.testing.assert_close(together[n, k], forecaster.weights(group, step, 9))
+
+
+# Recording ----------------------------------------------------------------------------------------------------------
+
+
+def gram_of(values: list[Tensor]) -> Tensor:
+    rows = torch.stack([value.flatten().double() for value in values])
+    return rows @ rows.T
+
+
+def watched(model, paths: list[str]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Outputs of the model at every step, and residuals of its blocks, found with hooks."""
+    residuals: dict[str, list[Tensor]] = {path: [] for path in paths}
+    before: dict[str, Tensor] = {}
+
+    def enter(path):
+        return lambda module, args: before.update({path: args[0].clone()})
+
+    def leave(path):
+        def hook(module, args, out):
+            residuals[path].append((out[0] if isinstance(out, tuple) else out).clone() - before[path])
+
+        return hook
+
+    handles = []
+    for path in paths:
+        block = model.get_submodule(path)
+        handles += [block.register_forward_pre_hook(enter(path)), block.register_forward_hook(leave(path))]
+    with torch.no_grad():
+        outs = [model(*inputs(step)) for step in range(STEPS)]
+    for handle in handles:
+        handle.remove()
+    return outs, residuals
+
+
+@pytest.mark.parametrize("flow", ["plain", "cross", "inplace"])
+def test_a_trace_holds_what_the_model_computed(flow):
+    model = model_of(flow)
+    outs, residuals = watched(model, [f"blocks.{n}" for n in range(4)])
+    trace = ck.Trace.from_state(run(ck.cache(model, ck.recording()))[1])
+    assert trace.sites == ("output", "chain", "probe", "rest")
+    recorded = trace.streams[""]
+    torch.testing.assert_close(recorded["output"].gram, gram_of(outs))
+    probe = residuals["blocks.0"]
+    torch.testing.assert_close(recorded["probe"].gram, gram_of(probe))
+    for i, j in itertools.product(range(STEPS), repeat=2):
+        moved = (probe[i] - probe[j]).abs().sum()
+        torch.testing.assert_close(recorded["probe"].distances[i, j].float(), moved, rtol=1e-5, atol=1e-5)
+    sizes = torch.stack([each.abs().sum() for each in probe])
+    torch.testing.assert_close(recorded["probe"].magnitudes.float(), sizes)
+    if flow == "cross":  # one stream alone
+        whole = [sum(parts) for parts in zip(*residuals.values(), strict=True)]
+        torch.testing.assert_close(recorded["chain"].gram, gram_of(whole), rtol=1e-5, atol=1e-5)
+        rest = [all_ - first for all_, first in zip(whole, probe, strict=True)]
+        torch.testing.assert_close(recorded["rest"].gram, gram_of(rest), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_recording_returns_what_the_model_returns(flow):
+    model = model_of(flow)
+    outs, state = run(ck.cache(model, ck.recording()))
+    for step, out in enumerate(outs):
+        assert torch.equal(out, model(*inputs(step)))
+    assert all(ck.summary(state).computed)
+
+
+@pytest.mark.parametrize("sites", [("output",), ("chain",), ("output", "chain"), ("probe",), ("output", "probe")])
+def test_what_is_not_asked_for_is_not_kept(sites, recorded):
+    trace = ck.Trace.from_state(run(ck.cache(model_of("plain"), ck.recording(sites)))[1])
+    # The probe and the rest are parts of the chain, which is there then.
+    expected = ("chain", "probe", "rest") if "probe" in sites else tuple(site for site in sites if site == "chain")
+    assert trace.sites == (("output",) if "output" in sites else ()) + expected
+    for site in trace.sites:
+        torch.testing.assert_close(trace.gram(site), recorded["plain"].gram(site))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("way", ["programs", "one graph", "regional"])
+@pytest.mark.parametrize("flow", ["plain", "two"])
+@pytest.mark.compiles
+def test_every_way_to_run_records_the_same(flow, way, donate, recorded):
+    step = ck.cache(model_of(flow), ck.recording(), donate=donate)
+    state = step.init(times(), *inputs(0))
+    if way == "one graph":
+        compiled = torch.compile(step, fullgraph=True, backend="eager")
+    else:
+        compiled = step.compile(backend="eager", regional=way == "regional")
+    with torch.no_grad():
+        for now in range(STEPS):
+            _, state = compiled(state, *inputs(now))
+    trace = ck.Trace.from_state(state)
+    for site in trace.sites:
+        torch.testing.assert_close(trace.gram(site), recorded[flow].gram(site))
+    torch.testing.assert_close(trace.streams[""]["probe"].distances, recorded[flow].streams[""]["probe"].distances)
+
+
+def test_a_second_trajectory_may_have_another_length():
+    step = ck.cache(model_of("plain"), ck.recording())
+    _, first = run(step)
+    again = step.init_like(first, times()[:5])
+    with torch.no_grad():
+        for now in range(5):
+            _, again = step(again, *inputs(now))
+    short = ck.Trace.from_state(again)
+    torch.testing.assert_close(short.gram("output"), ck.Trace.from_state(first).gram("output")[:5, :5])
+
+
+@pytest.mark.parametrize("kept", [97, 1009])
+def test_a_sketch_tells_the_norm_of_any_combination(kept):
+    generator = torch.Generator().manual_seed(0)
+    policy = ck.recording("output", sketch=kept)
+    step = ck.cache(Loud(), policy)
+    values = [torch.randn(1, 64, 96, generator=generator) * (1 + 5 * (torch.arange(96) == 3)) for _ in range(6)]
+    with torch.no_grad():
+        state = step.init(6, values[0])
+        for value in values:
+            _, state = step(state, value)
+    trace = ck.Trace.from_state(state)
+    outs = torch.stack([value.flatten() for value in values]).double()
+    coefficients = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    off = trace.norm("output", coefficients) / torch.linalg.vector_norm(coefficients @ outs, dim=-1) - 1
+    # The docstring: within a factor of 1 +- 1 / sqrt(2 sketch), as a standard deviation.
+    spread = 1 / math.sqrt(2 * kept)
+    assert off.abs().max() < 4 * spread
+    assert off.abs().mean() > spread / 20  # it is a sketch
+    (record,) = state.sites["output"]
+    assert record.rows.shape == record.sample.shape == (6, kept)
+
+
+class Loud(torch.nn.Module):
+    """Returns what it is given; of its tokens some channels are far larger than the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
+
+    def forward(self, x):
+        """The same."""
+        for block in self.blocks:
+            x = block(x)
+        return x * 1.0
+
+
+def test_bad_recordings_are_refused():
+    for sites in ((), ("attention",), "nothing"):
+        with pytest.raises(ArgumentError, match="sites"):
+            ck.recording(sites)
+    for sketch in (0, True, 2.5):
+        with pytest.raises(ArgumentError, match="sketch"):
+            ck.recording(sketch=sketch)
+    step = ck.cache(model_of("plain"), ck.recording())
+    state = step.init(times(), *inputs(0))
+    with pytest.raises(StateError, match="0 of 12"):
+        ck.Trace.from_state(state)
+    with pytest.raises(StateError, match="no recording"):
+        ck.Trace.from_state(run(ck.cache(model_of("plain"), ck.step_mask([1] * STEPS)))[1])
+
+
+# Replaying ----------------------------------------------------------------------------------------------------------
+
+DECIDERS = st.one_of(
+    st.floats(0.001, 0.6).map(lambda threshold: ck.deciders.drift(threshold)),
+    st.tuples(st.floats(0.001, 0.6), st.integers(1, 4)).map(
+        lambda given: ck.deciders.max_skips(given[1], ck.deciders.drift(given[0]))
+    ),
+    st.tuples(st.floats(0.001, 0.6), st.integers(0, 5)).map(
+        lambda given: ck.deciders.warmup(given[1], ck.deciders.drift(given[0]))
+    ),
+    st.tuples(st.floats(0.001, 0.6), st.integers(2, 4)).map(
+        lambda given: ck.deciders.any_of(ck.deciders.drift(given[0]), ck.deciders.interval(given[1]))
+    ),
+    st.tuples(st.floats(0.001, 0.6), st.floats(100, 900)).map(
+        lambda given: ck.deciders.within(given[1] - 90, given[1] + 90, ck.deciders.drift(given[0]))
+    ),
+)
+
+
+def quietly(trace: ck.Trace, policy: ck.Policy) -> ck.Replay:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        return ck.replay(trace, policy)
+
+
+@pytest.mark.parametrize("sites", ["chain", "output"])
+@settings(max_examples=25)
+@given(decider=DECIDERS, flow=st.sampled_from(FLOWS))
+def test_decisions_are_those_of_a_live_run(sites, decider, flow, recorded):
+    # On inputs that do not depend on what came out before, the run that reuses and the one that only logs see the same.
+    policy = ck.Policy("live", decider, hold(), signal=ck.signals.change, front=1, sites=sites)
+    replayed = quietly(recorded[flow], policy)
+    _, state = run(ck.cache(model_of(flow), policy))
+    live = ck.summary(state)
+    assert replayed.computed[""] == tuple(step for step, computed in enumerate(live.computed) if computed)
+    assert replayed.signal[""][1:] == pytest.approx(live.signal[1:], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", FORECASTERS)
+@settings(max_examples=15)
+@given(nodes=plans_of(STEPS))
+def test_errors_are_those_of_a_live_run(name, nodes, recorded):
+    mask = [step in nodes for step in range(STEPS)]
+    policy = ck.step_mask(mask, forecaster=FORECASTERS[name], sites="output")
+    replayed = quietly(recorded["plain"], policy)
+    exact, _ = run(ck.cache(model_of("plain"), ck.step_mask([1] * STEPS)))
+    outs, _ = run(ck.cache(model_of("plain"), policy))
+    total = torch.zeros(())
+    gap = torch.zeros_like(exact[0]).double()
+    sizes = ck.Trace.of(exact, times()).step_sizes
+    for step, (out, true) in enumerate(zip(outs, exact, strict=True)):
+        off = out.double() - true.double()
+        measured = float(off.norm() / true.double().norm())
+        assert replayed.errors[step] == pytest.approx(measured, rel=1e-4, abs=1e-6)
+        if mask[step]:
+            total, gap = total + gap.square().sum(), torch.zeros_like(gap)
+        gap = gap + sizes[step] * off
+    total = total + gap.square().sum()
+    way = sum(size * true.double() for size, true in zip(sizes, exact, strict=True)).norm()
+    assert replayed.error == pytest.approx(float(total.sqrt() / way), rel=1e-4, abs=1e-6)
+
+
+def test_streams_decide_for_themselves_and_count_together():
+    step = ck.cache(model_of("plain"), ck.recording())
+    states = {"cond": run(step, 0)[1], "uncond": run(step, 1)[1]}
+    both = ck.Trace.from_state(states)
+    alone = {name: ck.Trace.from_state(state) for name, state in states.items()}
+    policy = ck.first_block_cache(0.2)
+    replayed = ck.replay(both, policy)
+    for name, trace in alone.items():
+        assert replayed.computed[name] == ck.replay(trace, policy).computed[""]
+    assert len(set(replayed.computed.values())) == 2
+    torch.testing.assert_close(both.gram("chain"), alone["cond"].gram("chain") + alone["uncond"].gram("chain"))
+    static = ck.step_mask([step % 3 == 0 for step in range(STEPS)])
+    ways = [float(trace.norm("chain", trace.step_sizes)) for trace in alone.values()]
+    parts = [ck.replay(trace, static).error for trace in alone.values()]
+    expected = math.sqrt(sum((part * way) ** 2 for part, way in zip(parts, ways, strict=True)))
+    assert ck.replay(both, static).error * float(both.norm("chain", both.step_sizes)) == pytest.approx(expected)
+
+
+def test_what_a_trace_does_not_hold_is_refused(recorded):
+    trace, bare = recorded["plain"], ck.Trace.of(smooth(0, STEPS), STEPS)
+    for policy in (ck.taylorseer(3), ck.pyramid_attention_broadcast(2), ck.faster_cache()):
+        with pytest.raises(ArgumentError, match="inside the blocks"):
+            ck.replay(trace, policy)
+    for policy in (ck.first_block_cache(0.1), ck.step_mask([1, 0] * 6)):
+        with pytest.raises(ArgumentError, match="not in the trace"):
+            ck.replay(bare, policy)
+    probing = ck.Policy("p", ck.deciders.drift(0.1), hold(), signal=ck.signals.change, front=1, sites="output")
+    with pytest.raises(ArgumentError, match="probe"):
+        ck.replay(bare, probing)
+    other = ck.Policy("p", ck.deciders.drift(0.1), hold(), signal=lambda value, reference: None, front=1)
+    with pytest.raises(ArgumentError, match="signal"):
+        ck.replay(trace, other)
+    curved = hold()._replace(name="curved", weights=None)
+    with pytest.raises(ArgumentError, match="curved"):
+        ck.replay(bare, ck.step_mask([1, 0] * 6, forecaster=curved, sites="output"))
+    with pytest.raises(ArgumentError, match="recording"):
+        ck.replay(trace, ck.recording())
+    with pytest.raises(ArgumentTypeError, match="policy"):
+        ck.replay(trace, [0.1])
+
+
+# Warnings -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_that_never_triggers_is_told(recorded):
+    with pytest.warns(TraceWarning, match=r"leaves out no step.*never below"):
+        ck.replay(recorded["plain"], ck.first_block_cache(1e-6))
+    with pytest.warns(TraceWarning, match="leave out no step"):
+        ck.sweep(recorded["plain"], ck.first_block_cache, [1e-7, 1e-6])
+
+
+def jumping() -> ck.Trace:
+    """A signal of 0.1 at every step, and an output that stands still but for one far value."""
+    values = [torch.tensor([1.0, 1e-4 * step + (50.0 if step == 6 else 0.0)]) for step in range(STEPS)]
+    made = ck.Trace.of(values, STEPS)
+    apart = (torch.arange(STEPS)[:, None] - torch.arange(STEPS)).abs().double() * 0.01
+    apart[6, :], apart[:, 6] = 0.5, 0.5
+    probe = made.streams[""]["output"]._replace(distances=apart, magnitudes=torch.ones(STEPS, dtype=torch.float64))
+    rest = made.streams[""]["output"]
+    return ck.Trace({"": {"output": rest, "probe": probe, "rest": rest}}, made.timesteps, made.step_sizes)
+
+
+def test_a_cliff_is_told_and_where_it_is():
+    with pytest.warns(TraceWarning, match="rises more than 10 times"):
+        swept = ck.sweep(jumping(), ck.first_block_cache, [0.05, 0.2, 0.8])
+    ((below, above),) = swept.cliffs
+    assert below < 0.5 <= above and above - below <= 0.03 * above
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ck.sweep(jumping(), ck.first_block_cache, [0.05, 0.2]).cliffs == ()
+    with pytest.raises(ArgumentError, match="settings"):
+        ck.sweep(jumping(), ck.first_block_cache, [])
+
+
+def test_an_error_that_grows_by_degrees_is_no_cliff():
+    values = [torch.tensor([1.0, 0.02 * step**2]) for step in range(60)]
+    trace = ck.Trace.of(values, 60)
+
+    def every(interval: int) -> ck.Policy:
+        return ck.step_mask([step % interval == 0 for step in range(60)], sites="output", forecaster=newton(1))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        swept = ck.sweep(trace, every, [2, 20])
+    assert swept.replays[1].error > 10 * swept.replays[0].error
+    assert swept.cliffs == ()
+
+
+# Planning -----------------------------------------------------------------------------------------------------------
+
+
+def brute_force(values: list[Tensor], sizes: Tensor, computed: int, forecaster: Forecaster, longest: int, always):
+    """The least cost of all plans, by trying them on the values themselves."""
+    stacked, steps = torch.stack(values), len(values)
+    best = math.inf
+    for rest in itertools.combinations(range(1, steps), computed - 1):
+        nodes = (0, *rest)
+        ends = (*rest, steps)
+        if not set(always) <= set(nodes) or any(
+            end - node - 1 > longest for node, end in zip(nodes, ends, strict=True)
+        ):
+            continue
+        off = deviations(steps, nodes, forecaster) @ stacked * sizes[:, None]
+        cost = sum(off[node:end].sum(0).square().sum() for node, end in zip(nodes, ends, strict=True))
+        best = min(best, float(cost))
+    return best
+
+
+@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "taylor 1", "taylor 2", "two-point", "ramp"])
+@settings(max_examples=12)
+@given(data=st.data())
+def test_no_plan_is_better(name, data):
+    steps = data.draw(st.integers(4, 14 if name == "newton 1" else 10))
+    computed = data.draw(st.integers(1, steps).filter(lambda count: math.comb(steps - 1, count - 1) <= 500))
+    longest = data.draw(st.integers(0, steps))
+    always = data.draw(st.lists(st.integers(0, steps - 1), max_size=2))
+    values = smooth(data.draw(st.integers(0, 999)), steps)
+    sizes = torch.tensor(data.draw(st.lists(st.floats(0.1, 3), min_size=steps, max_size=steps)), dtype=torch.float64)
+    trace = ck.Trace.of(values, steps, step_sizes=sizes)
+    best = brute_force(values, sizes, computed, FORECASTERS[name], longest, always)
+    options = {"computed": computed, "forecaster": FORECASTERS[name], "max_gap": longest, "always": always}
+    if best == math.inf:
+        with pytest.raises(ArgumentError):
+            ck.plan(trace, **options)
+        return
+    found = ck.plan(trace, **options)
+    assert len(found.steps) == computed and set(always) | {0} <= set(found.steps)
+    way = float((sizes @ torch.stack(values)).norm())
+    # Of two plans that cost nearly nothing either is as good: squares of float64 are exact to 1e-8 of the way.
+    assert found.error == pytest.approx(math.sqrt(best) / way, rel=1e-6, abs=1e-7)
+    policy = ck.step_mask(found.computed, forecaster=FORECASTERS[name], sites="output")
+    assert quietly(trace, policy).error == pytest.approx(found.error, rel=1e-6, abs=1e-7)
+
+
+def test_a_frontier_holds_every_plan(recorded):
+    trace = recorded["two"]
+    for site in ("output", "chain"):
+        found = ck.frontier(trace, site=site)
+        assert [len(plan.steps) for plan in found] == list(range(1, STEPS + 1))
+        assert found[-1].error == 0
+        for count in (1, 4, 9, STEPS):
+            assert ck.plan(trace, computed=count, site=site) == found[count - 1]
+    # One more computed step is never worse for a forecast that can do without it.
+    errors = [plan.error for plan in ck.frontier(trace, forecaster=hold())]
+    assert errors[0] > errors[4] > errors[8] > errors[-1]
+
+
+def test_targets(recorded):
+    trace = recorded["plain"]
+    assert len(ck.plan(trace, speedup=2.0).steps) == 6
+    assert len(ck.plan(trace, speedup=2.0, costs=(2.0, 0.4)).steps) == 4  # 4 * 2.0 + 8 * 0.4 <= 12
+    assert len(ck.plan(trace, speedup=1.0).steps) == STEPS
+    found = ck.frontier(trace)
+    for plan in found[2:5]:
+        reached = ck.plan(trace, error=plan.error)
+        assert reached.error <= plan.error and len(reached.steps) <= len(plan.steps)
+    assert len(ck.plan(trace, error=0.0).steps) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "Give one of"),
+        ({"computed": 3, "error": 0.1}, "Give one of"),
+        ({"computed": 0}, "computed"),
+        ({"computed": STEPS + 1}, "computed"),
+        ({"computed": True}, "computed"),
+        ({"computed": 1, "always": (0, 4)}, "computed"),
+        ({"computed": 3, "max_gap": 1}, "max_gap"),
+        ({"computed": 3, "max_gap": -1}, "max_gap"),
+        ({"computed": 3, "always": (STEPS,)}, "always"),
+        ({"computed": 3, "site": "attention"}, "site"),
+        ({"computed": 3, "forecaster": newton(3)}, "newton 3"),
+        ({"computed": 3, "forecaster": two_point(0.4, feedback=True)}, "two-point"),
+        ({"error": -1.0}, "error"),
+        ({"speedup": 0.0}, "speedup"),
+        ({"speedup": 20.0}, "speedup"),
+        ({"speedup": 2.0, "costs": (1.0, 1.0)}, "costs"),
+        ({"computed": 3, "timesteps": [3.0, 2.0, 1.0]}, "resample"),
+    ],
+)
+def test_bad_targets_are_refused(options, named, recorded):
+    with pytest.raises(ArgumentError, match=named):
+        ck.plan(recorded["plain"], **options)
+
+
+# Running a plan -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("site", ["output", "chain"])
+def test_a_plan_runs_as_it_says(site, recorded, tmp_path):
+    found = ck.plan(recorded["plain"], computed=5, site=site)
+    found.save(tmp_path / "five.plan.json")
+    again = ck.Plan.load(tmp_path / "five.plan.json")
+    assert again == found
+    policy = ck.planned(again)
+    assert policy.static and policy.sites == site and not policy.front
+    step = ck.cache(model_of("plain"), policy)
+    assert step.explain(times(), *inputs(0)).programs == 2
+    _, state = run(step)
+    assert tuple(ck.summary(state).computed) == found.computed
+
+
+def test_a_plan_is_for_its_trajectory_alone(recorded):
+    trace = recorded["plain"]
+    policy = ck.planned(ck.plan(trace, computed=5))
+    step = ck.cache(model_of("plain"), policy)
+    step.init(STEPS, *inputs(0))  # of which only the number is known
+    step.init(times() + 0.5, *inputs(0))  # as a scheduler rounds it
+    with pytest.raises(ArgumentError, match=r"12 steps.*has 8.*resample"):
+        step.init(8, *inputs(0))
+    with pytest.raises(ArgumentError, match=r"timestep.*resample"):
+        step.init(times() * 0.9, *inputs(0))
+
+
+def test_scheduler_and_guidance_are_compared(recorded):
+    base = recorded["plain"]
+    trace = ck.Trace(base.streams, base.timesteps, base.step_sizes, {"scheduler": "Euler", "guidance": "2.0"})
+    found = ck.plan(trace, computed=5)
+    ck.planned(found, scheduler="Euler", guidance=2)
+    with pytest.raises(ArgumentError, match="`scheduler` is 'Heun'"):
+        ck.planned(found, scheduler="Heun")
+    with pytest.raises(ArgumentError, match=r"`guidance` is 3\.5"):
+        ck.planned(found, guidance=3.5)
+    with pytest.raises(ArgumentTypeError, match="plan"):
+        ck.planned([1, 0, 1])
+    with pytest.raises(ArgumentError, match="kind"):
+        ck.planned(ck.Plan((True, False), kinds={"mlp": (True, False)}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.pop("computed"),
+        lambda record: record.update(version=99),
+        lambda record: record.update(version=True),
+        lambda record: record.update(computed=[1, 2]),
+        lambda record: record.update(computed=[0, 40]),
+        lambda record: record.update(timesteps=[1.0]),
+        lambda record: record.update(kinds={"mlp": [True]}),
+        lambda record: record.update(error="much"),
+    ],
+)
+def test_a_spoilt_plan_is_refused(change, recorded, tmp_path):
+    path = tmp_path / "plan.json"
+    ck.plan(recorded["plain"], computed=5).save(path)
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ArgumentError, match=r"plan\.json"):
+        ck.Plan.load(path)
+
+
+def test_named_forecasters():
+    for forecaster in (hold(), newton(2), taylor(0), two_point(0.123456789), two_point("ramp"), two_point(1.0)):
+        assert ck.forecasters.named(forecaster.name).name == forecaster.name
+    for name in ("newton", "newton x", "taylor -1", "spline 3", "", "hold 2", "two-point of the step"):
+        with pytest.raises(ArgumentError, match=r"name|order|weight"):
+            ck.forecasters.named(name)
+
+
+def test_choosing_halves_in_on_the_fewest_steps(recorded):
+    model, ran = model_of("plain"), []
+
+    @torch.no_grad()
+    def sample(policy: ck.Policy | None) -> Tensor:
+        ran.append(policy)
+        x, _, text = inputs(0)
+        step = ck.cache(model, policy or ck.step_mask([1] * STEPS))
+        state = step.init(times(), x, torch.ones(2), text)
+        for now in range(STEPS):
+            out, state = step(state, x, torch.full((2,), 1 - now / STEPS), text)
+            x = x - out / STEPS
+        return x
+
+    step = ck.cache(model, ck.recording("output"))
+    x, _, text = inputs(0)
+    with torch.no_grad():
+        state = step.init(times(), x, torch.ones(2), text)
+        for now in range(STEPS):
+            out, state = step(state, x, torch.full((2,), 1 - now / STEPS), text)
+            x = x - out / STEPS
+    trace = ck.Trace.from_state(state)
+    choice = ck.choose(trace, sample, "35 dB")
+    assert ran[0] is None and len(ran) <= 6
+    measured = dict(choice.measured)
+    assert measured[len(choice.plan.steps)] >= 35
+    assert all(quality < 35 for computed, quality in measured.items() if computed < len(choice.plan.steps))
+    assert "measured" in str(choice)
+    nothing = ck.choose(trace, sample, 1000.0)
+    assert len(nothing.plan.steps) == STEPS
+    with pytest.raises(ArgumentError, match="at_least"):
+        ck.choose(trace, sample, "very good")
+    with pytest.raises(ArgumentTypeError, match="run"):
+        ck.choose(trace, None)
+
+
+# Calibrating --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_ratios_are_those_of_a_calibration(flow, recorded):
+    _, state = run(ck.cache(model_of(flow), ck.mag_calibration()))
+    assert recorded[flow].mag_ratios().ratios == pytest.approx(ck.MagRatios.from_state(state).ratios, rel=1e-4)
+
+
+def test_ratios_of_a_sketch_are_whole():
+    _, state = run(ck.cache(model_of("plain"), ck.recording(sketch=31)))
+    _, calibrated = run(ck.cache(model_of("plain"), ck.mag_calibration()))
+    ratios = ck.Trace.from_state(state).mag_ratios().ratios
+    assert ratios == pytest.approx(ck.MagRatios.from_state(calibrated).ratios, rel=1e-4)
+
+
+def test_a_polynomial_is_found_again():
+    # The probe goes up by growing shares, and the output by a polynomial of these.
+    shares = [0.01 * (1 + step) for step in range(STEPS)]
+    wanted = (3.0, -0.5, 0.02)
+    probe, output = [torch.tensor([1.0])], [torch.tensor([1.0])]
+    for share in shares[1:]:
+        probe.append(probe[-1] * (1 + share))
+        output.append(output[-1] * (1 + wanted[0] * share**2 + wanted[1] * share + wanted[2]))
+    one, other = ck.Trace.of(probe, STEPS, site="probe"), ck.Trace.of(output, STEPS)
+    trace = ck.Trace({"": {**one.streams[""], **other.streams[""]}}, one.timesteps, one.step_sizes)
+    assert trace.fit_polynomial(2) == pytest.approx(wanted, rel=1e-2, abs=1e-3)
+    assert len(trace.fit_polynomial()) == 5
+    for degree in (-1, True, 1.5, STEPS):
+        with pytest.raises(ArgumentError, match="degree"):
+            trace.fit_polynomial(degree)
+    with pytest.raises(ArgumentError, match="probe"):
+        other.fit_polynomial()
+
+
+# Traces as values ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_saved_whole(recorded, tmp_path):
+    step = ck.cache(model_of("two"), ck.recording())
+    states = {"transformer/cond": run(step, 0)[1], "transformer/uncond": run(step, 1)[1]}
+    trace = ck.Trace.from_state(states, notes={"model": "tiny", "guidance": 2.0})
+    trace.save(tmp_path / "two.trace.safetensors")
+    again = ck.Trace.load(tmp_path / "two.trace.safetensors")
+    assert again.notes == {"model": "tiny", "guidance": "2.0"}
+    assert list(again.streams) == list(trace.streams) and again.sites == trace.sites
+    for name, sites in trace.streams.items():
+        for site, each in sites.items():
+            for field, tensor in each._asdict().items():
+                assert torch.equal(tensor, getattr(again.streams[name][site], field))
+    assert torch.equal(again.timesteps, trace.timesteps) and torch.equal(again.step_sizes, trace.step_sizes)
+    assert (tmp_path / "two.trace.safetensors").stat().st_size < 20_000
+    (tmp_path / "other.safetensors").write_bytes(b"nothing")
+    for name in ("other.safetensors", "missing.safetensors"):
+        with pytest.raises(ArgumentError, match=name):
+            ck.Trace.load(tmp_path / name)
+
+
+def test_a_trace_of_matrices_that_do_not_fit_is_refused():
+    good = ck.Trace.of(smooth(0, 5), 5)
+    with pytest.raises(ArgumentError, match="step_sizes"):
+        ck.Trace(good.streams, good.timesteps, good.step_sizes[:3])
+    with pytest.raises(ArgumentError, match="Gram"):
+        ck.Trace(good.streams, good.timesteps[:3], good.step_sizes[:3])
+    with pytest.raises(ArgumentError, match="streams"):
+        ck.Trace({}, good.timesteps, good.step_sizes)
+    with pytest.raises(ArgumentError, match="step_sizes"):
+        ck.Trace.of(smooth(0, 5), 5, step_sizes=[1.0])
+    with pytest.raises(ArgumentError, match="site"):
+        ck.Trace.of(smooth(0, 5), 5, site="attention")
+
+
+def test_step_sizes_are_those_of_the_timesteps():
+    assert ck.Trace.of(smooth(0, 4), [1000.0, 700.0, 300.0, 100.0]).step_sizes.tolist() == [300, 400, 200, 100]
+    assert ck.Trace.of(smooth(0, 4), 4).step_sizes.tolist() == [1, 1, 1, 1]
+    given = ck.Trace.of(smooth(0, 4), 4, step_sizes=[1, 2, 3, 4])
+    assert given.step_sizes.tolist() == [1, 2, 3, 4]
+
+
+def test_steps_that_were_recorded_are_kept_when_resampled(recorded):
+    trace = recorded["plain"]
+    some = [0, 2, 3, 7, 11]
+    made = trace.resample(trace.timesteps[some])
+    for site in trace.sites:
+        torch.testing.assert_close(made.gram(site), trace.gram(site)[some][:, some])
+    assert made.notes["resampled"] == "from 12 steps"
+    with pytest.raises(ArgumentError, match="timesteps"):
+        trace.resample([1.0, 2.0])
+    with pytest.raises(ArgumentError, match="the trace"):
+        ck.Trace.of(smooth(0, 4), 4).resample([2.0, 1.0])
+
+
+def test_resampling_is_near_what_would_have_been_recorded():
+    """What it costs: a plan from a trace of twice as many steps is nearly as good as one from a trace of its own."""
+
+    def values(steps: int) -> list[Tensor]:
+        return [
+            torch.tensor([math.cos(3 * s / steps), math.sin(5 * (s / steps) ** 2), 1.0]).double() for s in range(steps)
+        ]
+
+    def at(steps: int) -> list[float]:
+        return [1000 * (1 - s / steps) for s in range(steps)]
+
+    fine, coarse = ck.Trace.of(values(40), at(40)), ck.Trace.of(values(25), at(25))
+    with pytest.raises(ArgumentError, match="resample"):
+        ck.plan(fine, computed=8, timesteps=at(25))
+    for computed in (6, 8, 12):
+        own = ck.plan(coarse, computed=computed)
+        other = ck.plan(fine, computed=computed, timesteps=at(25), resample=True)
+        assert other.timesteps == tuple(at(25))
+        cost = ck.replay(coarse, ck.planned(other)).error / own.error
+        assert 1 - 1e-9 <= cost < 1.25
