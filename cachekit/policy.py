@@ -44,6 +44,7 @@ class Policy:
             then compute on every full step, and remember the conditional half.
         recorded: for a policy that leaves nothing out, what is written down of every step: any of "output", "chain",
             "probe". Its forecaster is the recorder. See `cachekit.recording`.
+        made_for: what a plan was recorded with, "scheduler" and "guidance", where that is to be compared.
         sketch: of what is recorded, how many numbers of a value are kept; None for a default.
         deciders: the deciders by group of sites: by kind, or one for "all".
         static: whether all is known before the first step.
@@ -72,6 +73,7 @@ class Policy:
     guidance: Guidance | None = None
     recorded: tuple[str, ...] = ()
     sketch: int | None = None
+    made_for: Mapping[str, str] = field(default_factory=dict)
     deciders: dict[str, Decider] = field(init=False, repr=False, compare=False)
     static: bool = field(init=False, repr=False, compare=False)
 

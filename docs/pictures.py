@@ -21,10 +21,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import cachekit as ck
-from cachekit.demo.pictures import COLOURS, INK, TRACK, plain
+from cachekit.demo.pictures import COLOURS
 from cachekit.demo.runs import FEWER, UNCACHED
 from cachekit.demo.sample import timesteps
 from cachekit.diffusers import digits
+from cachekit.drawing import INK, TRACK, plain
 
 HERE = Path(__file__).parent
 Facts = dict[str, Any]

@@ -402,7 +402,7 @@ def test_a_cliff_is_told_and_where_it_is():
     with pytest.warns(TraceWarning, match="rises more than 10 times"):
         swept = ck.sweep(jumping(), ck.first_block_cache, [0.05, 0.2, 0.8])
     ((below, above),) = swept.cliffs
-    assert below < 0.5 <= above and above - below <= 0.03 * above
+    assert below <= 0.5 < above and above - below <= 0.03 * above
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ck.sweep(jumping(), ck.first_block_cache, [0.05, 0.2]).cliffs == ()
@@ -652,7 +652,7 @@ def test_ratios_of_a_sketch_are_whole():
 def test_a_polynomial_is_found_again():
     # The probe goes up by growing shares, and the output by a polynomial of these.
     shares = [0.01 * (1 + step) for step in range(STEPS)]
-    wanted = (3.0, -0.5, 0.02)
+    wanted = (3.0, 0.5, 0.02)
     probe, output = [torch.tensor([1.0])], [torch.tensor([1.0])]
     for share in shares[1:]:
         probe.append(probe[-1] * (1 + share))

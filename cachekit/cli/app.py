@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import bench, coverage, demo, explain
+from cachekit.cli import bench, coverage, demo, explain, planning
 
 app = typer.Typer(
     name="cachekit",
-    help="Caching for diffusion transformers: look at a model, measure it, see which methods work on it.",
+    help="Caching for diffusion transformers: look at a model, measure it, tune it on a recording.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -18,6 +18,10 @@ app = typer.Typer(
 app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=coverage.EXAMPLES)(coverage.coverage)
+app.command(epilog=planning.RECORD)(planning.record)
+app.command(epilog=planning.REPLAY)(planning.replay)
+app.command(epilog=planning.PLAN)(planning.plan)
+app.command(epilog=planning.CHOOSE)(planning.choose)
 # The demo has its own options, the same as `python -m cachekit.demo`.
 OWN = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(add_help_option=False, context_settings=OWN)(demo.demo)

@@ -101,7 +101,7 @@ def refusals() -> Iterator[None]:
 
 def policies(methods: list[str] | None, settings: list[str] | None, ratios: Path | None) -> dict[str, ck.Policy]:
     """The policies asked for."""
-    given = dict(_setting(each) for each in settings or ())
+    given = dict(setting(each) for each in settings or ())
     unused, made = set(given), {}
     for name in methods or METHODS:
         if name not in METHODS:
@@ -119,7 +119,8 @@ def policies(methods: list[str] | None, settings: list[str] | None, ratios: Path
     return made
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` as Python has it."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--set")

@@ -14,6 +14,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 from cachekit.demo.runs import FEWER, UNCACHED, Row
+from cachekit.drawing import INK, TRACK, plain, png
 
 COLOURS = {
     UNCACHED: "#1f2933",
@@ -26,7 +27,6 @@ COLOURS = {
     "faster_cache": "#3d8f9e",
     "combination": "#8a6d1b",
 }
-INK, FAINT, TRACK = "#3e4c59", "#9aa5b1", "#eef1f4"
 DIFFERENCE = 0.2
 """Absolute difference that the difference pictures paint in full colour: a tenth of the range."""
 SCALE, GAP = 4, 3
@@ -86,7 +86,7 @@ def pattern(rows: Sequence[Row]) -> bytes:
     axes.set_xlabel("step, from noise to image; at the right the computed steps (cond / uncond)", fontsize=9, color=INK)
     axes.tick_params(length=0, colors=INK, labelsize=9)
     axes.spines[:].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def speed(rows: Sequence[Row]) -> bytes:
@@ -101,7 +101,7 @@ def speed(rows: Sequence[Row]) -> bytes:
     right.set_xlabel("measured speed-up against the uncached run", fontsize=9, color=INK)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> None:
@@ -140,18 +140,3 @@ def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> N
                 )
     axes.margins(0.08, 0.1)
     plain(axes)
-
-
-def plain(axes: Axes) -> None:
-    """A grid behind the data, and lines at the left and the bottom alone."""
-    axes.grid(color=TRACK)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK, labelsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=180, facecolor="white")
-    return buffer.getvalue()

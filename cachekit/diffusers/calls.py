@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from cachekit.diffusers.schedules import Schedule, timestep_of
 from cachekit.diffusers.standins import stand_in
+from cachekit.methods._planned import check_made_for
 from cachekit.policy import Policy
 from cachekit.state import State, state_bytes
 from cachekit.transform import CachedStep
@@ -64,6 +65,7 @@ class Call:
     ) -> None:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.separate = separate
+        self.used_with: dict[str, Any] = {}  # of a call that has ended: scheduler and guidance
         self.stand_ins = {name: stand_in(model, self._calling(name), self._context) for name, model in models.items()}
         self._pipe = pipe
         self._models = models
@@ -75,12 +77,13 @@ class Call:
         self._counts: dict[tuple[str, str], tuple[int | None, int]] = {}
 
     def end(self) -> None:
-        """Free what is remembered; what was logged stays."""
+        """Free what is remembered; what was logged stays, and what was recorded."""
         self.stand_ins.clear()
         for stream in self.streams.values():
             stream.inputs = stream.step = None
-            if stream.state is not None:
+            if stream.state is not None and not (stream.policy is not None and stream.policy.recorded):
                 stream.state = stream.state._replace(reference=(), sites={})
+        self.used_with = used_with(self._pipe)
 
     @contextmanager
     def _context(self, name: str) -> Iterator[None]:
@@ -151,6 +154,7 @@ class Call:
                 index,
             )
             started = time.perf_counter()
+            check_made_for(policy.made_for, **used_with(self._pipe))
             times = self._schedule.ahead(index or 0, component)
             state = stream.step.init(times or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
@@ -194,6 +198,15 @@ class Call:
             # Without guidance a batch has no halves; where that is not known it may be the first of two calls.
             return self._variant(policy, None if name == BOTH or guided is False else True)
         return self._variant(policy, True if name in (COND, UNNAMED) else None)
+
+
+def used_with(pipe: Any) -> dict[str, Any]:
+    """What else than the transformer a trajectory depends on, where the pipeline tells."""
+    scheduler, guidance = getattr(pipe, "scheduler", None), getattr(pipe, "guidance_scale", None)
+    return {
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "guidance": guidance if isinstance(guidance, (int, float)) else None,
+    }
 
 
 def _separate(policy: Policy | None) -> bool:

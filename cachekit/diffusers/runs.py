@@ -17,6 +17,7 @@ from cachekit.diffusers.configs import from_config, is_config
 from cachekit.diffusers.reports import Report, StreamReport
 from cachekit.diffusers.standins import MARK, pipeline_class
 from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
+from cachekit.planning.trace import Trace
 from cachekit.policy import Policy
 from cachekit.state import State
 from cachekit.transform import CachedStep
@@ -63,7 +64,8 @@ class Run:
     def states(self) -> dict[str, State]:
         """The states of the last call, by transformer and stream: `states["transformer/cond"]`.
 
-        While a call runs they are whole. What is cached is freed when it ends: what was logged stays.
+        While a call runs they are whole. What is cached is freed when it ends: what was logged stays, and what was
+        recorded.
         """
         call = self._last
         streams = call.streams if call is not None else {}
@@ -86,6 +88,29 @@ class Run:
             },
             unused=tuple(key for key in self._policies if key != ALL and key not in self._used),
         )
+
+    def trace(self, transformer: str = "transformer") -> Trace:
+        """What the last call has recorded, under `cachekit.recording`, of all streams of a transformer.
+
+        Its notes say with which pipeline, scheduler and guidance, so that a plan made from it refuses others.
+
+        Args:
+            transformer: of a pipeline with several, which.
+
+        Raises:
+            ArgumentError: the last call recorded nothing of it.
+            StateError: it was not finished.
+        """
+        states = {
+            name.partition("/")[2]: state for name, state in self.states.items() if name.startswith(f"{transformer}/")
+        }
+        if not states:
+            there = ", ".join(self.states) or "no call yet"
+            raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {there}.")
+        call = self._last
+        used = call.used_with if call is not None else {}
+        notes = {"model": self._class.__name__, **{name: value for name, value in used.items() if value is not None}}
+        return Trace.from_state(states, notes=notes)
 
     # What the classes in standins.py ask ----------------------------------------------------------------------
 
@@ -228,6 +253,17 @@ def cached(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
 
         ratios = {stream: ck.MagRatios.load(f"{stream.replace('/', '-')}.json") for stream in run.states}
         with ckd.cached(pipe, {stream: ck.mag_cache(each) for stream, each in ratios.items()}):
+            image = pipe("a dog", num_inference_steps=28).images[0]
+        ```
+
+        A plan, from one recording:
+
+        ```python
+        with ckd.cached(pipe, ck.recording()) as run:
+            pipe("a cat", num_inference_steps=28)
+        plan = ck.plan(run.trace(), computed=10)
+
+        with ckd.cached(pipe, ck.planned(plan)):
             image = pipe("a dog", num_inference_steps=28).images[0]
         ```
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ def planned(
     Args:
         plan: from `cachekit.plan`, `cachekit.choose` or `Plan.load`.
         forecaster: what stands in between; None for that of the plan.
-        scheduler, guidance: what it is used with, where that is to be compared with what was recorded.
+        scheduler, guidance: what it is used with, where that is to be compared with what was recorded. A pipeline is
+            asked by itself.
 
     Raises:
         ArgumentTypeError: `plan` is no plan.
@@ -43,17 +46,24 @@ def planned(
     if plan.kinds:
         raise ArgumentError("`plan` has a plan for each kind of module. Give one for the output or for chains.")
     check_forecaster(forecaster)
-    for name, given in {"scheduler": scheduler, "guidance": guidance}.items():
-        noted = plan.notes.get(name)
-        if given is not None and noted is not None and not _same(str(given), noted):
-            raise ArgumentError(f"`{name}` is {given!r}, and the plan was made for {noted!r}. Record a trace with it.")
+    made_for = {name: plan.notes[name] for name in ("scheduler", "guidance") if name in plan.notes}
+    check_made_for(made_for, scheduler=scheduler, guidance=guidance)
     made = forecaster or forecasters.named(plan.forecaster)
     return Policy(
         name=f"planned({len(plan.steps)} of {len(plan)}, {made.name}, {plan.site})",
         decider=_decider(plan),
         forecaster=made,
         sites=plan.site,
+        made_for=made_for,
     )
+
+
+def check_made_for(made_for: Mapping[str, str], **used: Any) -> None:
+    """Refuse another scheduler or guidance than a plan was recorded with, where both are known."""
+    for name, given in used.items():
+        noted = made_for.get(name)
+        if given is not None and noted is not None and not _same(str(given), noted):
+            raise ArgumentError(f"`{name}` is {given!r}, and the plan was made for {noted!r}. Record a trace with it.")
 
 
 def _decider(plan: Plan) -> Decider:

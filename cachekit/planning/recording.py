@@ -113,7 +113,7 @@ def recorder() -> Forecaster:
             sample = flat[_places(flat, state.sample.shape[1])]
         norms = state.norms.new_zeros(0)
         if state.norms.shape[1]:
-            norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32).reshape(-1)
+            norms = torch.linalg.vector_norm(value.float(), dim=-1).reshape(-1)
         write = Tensor.index_copy_ if donate else Tensor.index_copy
         return RecordState(
             last=state.last.copy_(value) if donate else value,

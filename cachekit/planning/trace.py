@@ -143,7 +143,7 @@ class Trace:
             raise ArgumentError(f"`site` must be one of {', '.join(map(repr, SITES))}, got {site!r}.")
         times = trajectory(timesteps)
         rows = torch.stack([value.detach().flatten() for value in values])
-        norms = [torch.linalg.vector_norm(value.detach(), dim=-1, dtype=torch.float32).flatten() for value in values]
+        norms = [torch.linalg.vector_norm(value.detach().float(), dim=-1).flatten() for value in values]
         recorded = _of_rows([rows], rows, [torch.stack(norms)])
         return cls({ONLY: {site: recorded}}, times, _sizes(times, step_sizes), _texts(notes))
 

@@ -1,0 +1,248 @@
+"""What planning takes, and what it gives: `python bench/planning.py`; see README.md beside it.
+
+Two parts. `speed`: the search, and the replay of one policy, at 50 and 100 steps. `quality`: plans from one recording of
+the digits model, run on other digits and other noise, beside every method of the guide at its own numbers of computed
+steps; how well predicted errors rank real runs; and what a plan from a recording of another number of steps costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cachekit as ck
+from cachekit.demo.metrics import psnr
+from cachekit.demo.runs import FEWER, GUIDANCE, UNCACHED, Sampler, Setting, run
+from cachekit.demo.sample import sample
+from cachekit.diffusers import digits
+
+try:
+    import machine
+except ModuleNotFoundError:
+    from bench import machine
+
+STEPS = 50
+BUDGETS = (8, 10, 11, 13, 15, 16, 17, 19, 22, 25, 28, 30)
+RESULTS = Path(__file__).with_name("results") / "planning.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What planning takes, and what it gives.")
+    parser.add_argument("parts", nargs="*", help="speed, quality; both if not given")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of every setting, each of other digits and noise")
+    parser.add_argument("--digits", type=int, default=20, help="samples of a run")
+    parser.add_argument(
+        "--plans", type=int, default=30, help="random plans whose predicted errors are held against runs"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    record: dict[str, Any] = {"about": machine.about(), "threads": args.threads}
+    if not args.parts or "speed" in args.parts:
+        record["speed"] = speed()
+    if not args.parts or "quality" in args.parts:
+        record["quality"] = quality(args.seeds, args.digits, args.plans)
+    args.save.parent.mkdir(exist_ok=True)
+    args.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+# Speed --------------------------------------------------------------------------------------------------------------
+
+
+def walk(steps: int) -> ck.Trace:
+    """A trace of values that drift, with a probe."""
+    generator = torch.Generator().manual_seed(0)
+    values = list(torch.randn(steps, 64, generator=generator).cumsum(0))
+    times = [1000 * (1 - step / steps) for step in range(steps)]
+    output, probe = ck.Trace.of(values, times), ck.Trace.of(values, times, site="probe")
+    streams = {"": {**output.streams[""], **probe.streams[""], "rest": output.streams[""]["output"]}}
+    return ck.Trace(streams, output.timesteps, output.step_sizes)
+
+
+def speed() -> list[dict[str, Any]]:
+    """Seconds of a search for all budgets, and of one replay: medians."""
+    rows = []
+    for steps in (50, 100):
+        trace = walk(steps)
+        for order in (0, 1, 2):
+            forecaster = ck.forecasters.newton(order)
+            seconds = [_timed(lambda: ck.frontier(trace, forecaster=forecaster)) for _ in range(3)]  # noqa: B023
+            rows.append({"what": f"plan, newton {order}", "steps": steps, "seconds": statistics.median(seconds)})
+        every = [step % 4 == 0 for step in range(steps)]
+        newton = ck.forecasters.newton(1)
+        for policy in (ck.step_mask(every, forecaster=newton, sites="output"), ck.first_block_cache(0.3)):
+            ck.replay(trace, policy)
+            seconds = [_timed(lambda: ck.replay(trace, policy)) for _ in range(100)]  # noqa: B023
+            name = policy.name.partition("(")[0]
+            rows.append({"what": f"replay, {name}", "steps": steps, "seconds": statistics.median(seconds)})
+    for row in rows:
+        print(f"{row['what']:<28} {row['steps']:>4} steps {1000 * row['seconds']:>10.2f} ms")
+    return rows
+
+
+def _timed(function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+# Quality ------------------------------------------------------------------------------------------------------------
+
+
+def recorded(model: torch.nn.Module, count: int, seed: int, steps: int = STEPS) -> ck.Trace:
+    """One uncached run of digits of every class."""
+    labels = torch.arange(count) % digits.CLASSES
+    sampler = Sampler(model, Setting("recording", "", steps, ck.recording()), labels, lambda: None)
+    sample(sampler, labels, steps, GUIDANCE, seed)
+    return ck.Trace.from_state(sampler.states)
+
+
+def methods(trace: ck.Trace) -> Iterator[Setting]:
+    """Every method of the guide at several settings, and a plain mask with the forecaster of the plans."""
+    for threshold in (0.06, 0.08, 0.1, 0.12, 0.16, 0.2):
+        yield Setting("first_block_cache", f"{threshold:g}", STEPS, ck.first_block_cache(threshold))
+    for budget, skips in ((0.03, 2), (0.06, 2), (0.06, 3), (0.12, 4), (0.2, 6)):
+        policy = ck.mag_cache(trace.mag_ratios(), threshold=budget, max_skips=skips, retention=0.0)
+        yield Setting("mag_cache", f"{budget:g} ({skips})", STEPS, policy)
+    for interval in (2, 3, 4, 5):
+        yield Setting("taylorseer", f"{interval}", STEPS, ck.taylorseer(interval, warmup=2))
+    for spatial, cross in ((2, None), (2, 4), (3, 6)):
+        policy = ck.pyramid_attention_broadcast(spatial, cross=cross)
+        yield Setting("pyramid_attention_broadcast", f"{spatial} ({cross})", STEPS, policy)
+    yield Setting("faster_cache", "2 (5)", STEPS, ck.faster_cache(cfg="separate", layout="BCFHW"))
+    for interval in (2, 3, 4, 5, 6):
+        yield Setting("every", f"{interval}", STEPS, mask([s % interval == 0 for s in range(STEPS)]))
+
+
+def mask(computed: list[bool]) -> ck.Policy:
+    """With the forecaster and site of the plans."""
+    return ck.step_mask(computed, forecaster=ck.forecasters.newton(1), sites="output")
+
+
+def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
+    """PSNR of plans and methods over seeds, and how predicted errors rank runs."""
+    model = digits.load()
+    trace = recorded(model, count, seed=1)
+    found = ck.frontier(trace, most=max(BUDGETS))
+    settings = [Setting("planned", f"{budget}", STEPS, ck.planned(found[budget - 1])) for budget in BUDGETS]
+    settings += methods(trace)
+    settings += [Setting(FEWER, f"{steps}", steps) for steps in (10, 13, 19, 25, 30)]
+    generator = torch.Generator().manual_seed(0)
+    random = [_random(generator) for _ in range(plans)]
+    total = seeds * (1 + len(settings)) + len(random)
+    distances: dict[str, list[float]] = {setting.label: [] for setting in settings}
+    steps: dict[str, list[float]] = {setting.label: [] for setting in settings}
+    measured: list[float] = []
+    with tqdm(total=total, unit="run", mininterval=0.5, dynamic_ncols=True) as progress:
+        for seed in range(10, 10 + seeds):
+            labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
+            reference = run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
+            progress.update()
+            for setting in settings:
+                trial = run(model, setting, labels, seed)
+                distances[setting.label].append(psnr(trial.samples, reference).mean().item())
+                computed = [sum(stream) for stream in trial.computed.values()]
+                steps[setting.label].append(sum(computed) / len(computed))
+                progress.update()
+            if seed == 10:
+                for nodes in random:
+                    chosen = mask([step in nodes for step in range(STEPS)])
+                    trial = run(model, Setting("random", "", STEPS, chosen), labels, seed)
+                    measured.append(psnr(trial.samples, reference).mean().item())
+                    progress.update()
+    rows = [
+        {
+            "group": setting.group,
+            "detail": setting.detail,
+            "partial": setting.partial,
+            "computed": statistics.mean(steps[setting.label]),
+            "psnr": statistics.mean(distances[setting.label]),
+            "spread": statistics.stdev(distances[setting.label]) if seeds > 1 else None,
+            "predicted": found[int(setting.detail) - 1].error if setting.group == "planned" else None,
+            "plan": list(found[int(setting.detail) - 1].steps) if setting.group == "planned" else None,
+        }
+        for setting in settings
+    ]
+    predicted = [ck.replay(trace, mask([step in nodes for step in range(STEPS)])).error for nodes in random]
+    rank = spearman([-error for error in predicted], measured) if random else None
+    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'planned, no more steps':>24}")
+    for row in rows:
+        row["planned"] = best = _planned_at(row["computed"], rows)
+        versus = "" if row["group"] == "planned" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
+        mark = "*" if row["partial"] else " "
+        name = f"{row['group']} {row['detail']}"
+        print(f"{name:<36} {row['computed']:>7.1f}{mark} {row['psnr']:>6.1f} {row['spread'] or 0:>6.2f} {versus:>24}")
+    if rank is not None:
+        print(f"Spearman of predicted error and measured PSNR over {len(random)} random plans: {rank:.3f}")
+    return {
+        "digits": count,
+        "seeds": seeds,
+        "rows": rows,
+        "spearman": rank,
+        "random": [
+            {"plan": sorted(nodes), "predicted": error, "psnr": value}
+            for nodes, error, value in zip(random, predicted, measured, strict=True)
+        ],
+        "resampled": resampled(model, trace, count),
+    }
+
+
+def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[str, Any]]:
+    """Plans for 28 steps from the recording of 50, beside plans from a recording of 28."""
+    steps, seed = 28, 10
+    own = recorded(model, count, seed=1, steps=steps)
+    labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
+    reference = run(model, Setting(UNCACHED, "", steps), labels, seed).samples
+    rows = []
+    for computed in (8, 12, 16):
+        plans = {
+            "own": ck.plan(own, computed=computed),
+            "resampled": ck.plan(trace, computed=computed, timesteps=own.timesteps, resample=True),
+        }
+        row: dict[str, Any] = {"steps": steps, "computed": computed}
+        for name, plan in plans.items():
+            trial = run(model, Setting("planned", name, steps, ck.planned(plan)), labels, seed)
+            row[name] = psnr(trial.samples, reference).mean().item()
+        rows.append(row)
+        print(
+            f"28 steps, {computed} computed: {row['own']:.1f} dB, from the recording of 50: {row['resampled']:.1f} dB"
+        )
+    return rows
+
+
+def _random(generator: torch.Generator) -> set[int]:
+    """Between 8 and 30 computed steps, anywhere."""
+    count = int(torch.randint(8, 31, (), generator=generator))
+    return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
+
+
+def _planned_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
+    """PSNR of the plan with the most steps that are no more than these."""
+    fitting = [row for row in rows if row["group"] == "planned" and row["computed"] <= computed + 1e-9]
+    return max(fitting, key=lambda row: row["computed"])["psnr"] if fitting else None
+
+
+def spearman(first: list[float], second: list[float]) -> float:
+    """Correlation of ranks."""
+
+    def ranks(values: list[float]) -> Tensor:
+        order = torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+        return order - order.mean()
+
+    a, b = ranks(first), ranks(second)
+    return float((a @ b) / math.sqrt(float((a @ a) * (b @ b))))
+
+
+if __name__ == "__main__":
+    main()

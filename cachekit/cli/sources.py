@@ -1,0 +1,168 @@
+"""What `cachekit record` and `cachekit choose` sample from: a pipeline, or the digits model that comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+import typer
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import Tensor
+
+import cachekit as ck
+import cachekit.diffusers as ckd
+from cachekit.cli.options import setting
+from cachekit.demo.sample import Stream, sample, timesteps
+from cachekit.diffusers import digits
+
+DIGITS = "digits"
+GUIDANCE = 2.0
+
+Sampled = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder that diffusers has saved a pipeline in, the id of one on the hub, or `digits`, the small model "
+        "that comes with cachekit.",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="What to sample; can be given more than once. Digits: 0 to 9.")
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Argument of the pipeline's call: --set guidance_scale=3.5"),
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")]
+
+
+class Source(Protocol):
+    """Something to sample from, always the same."""
+
+    def record(self, policy: ck.Policy) -> ck.Trace:
+        """Sample under a recording."""
+        ...
+
+    def run(self, policy: ck.Policy | None) -> Tensor:
+        """Samples [B, ...] under a policy, or uncached."""
+        ...
+
+
+def source(
+    model: str,
+    prompts: Sequence[str] | None,
+    steps: int,
+    seed: int,
+    given: Sequence[str] | None,
+    device: str | None,
+    dtype: str,
+    tick: Callable[[], object],
+) -> Source:
+    """What MODEL names. `tick` is called at every step."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model == DIGITS:
+        return Digits(prompts, steps, seed, place, tick)
+    return Pipeline(model, prompts, steps, seed, dict(map(setting, given or ())), place, dtype, tick)
+
+
+class Digits:
+    """The digits model, ten classes or those that are asked for, guided."""
+
+    def __init__(self, prompts: Sequence[str] | None, steps: int, seed: int, device: str, tick: Callable[[], object]):
+        try:
+            classes = [int(prompt) for prompt in prompts or map(str, range(digits.CLASSES))]
+        except ValueError as error:
+            raise typer.BadParameter(f"{list(prompts or ())} are no digits", param_hint="--prompt") from error
+        if not set(classes) <= set(range(digits.CLASSES)):
+            raise typer.BadParameter(f"{classes} are no digits", param_hint="--prompt")
+        self._labels = torch.tensor(classes, device=device)
+        self._model = digits.load().to(device)
+        self._steps, self._seed, self._tick = steps, seed, tick
+
+    def record(self, policy: ck.Policy) -> ck.Trace:
+        """One run."""
+        _, states = self._sample(policy)
+        notes = {"model": DIGITS, "scheduler": "Euler", "guidance": GUIDANCE}
+        return ck.Trace.from_state(states, notes=notes)
+
+    def run(self, policy: ck.Policy | None) -> Tensor:
+        """One run."""
+        return self._sample(policy)[0]
+
+    @torch.no_grad()
+    def _sample(self, policy: ck.Policy | None) -> tuple[Tensor, dict[str, ck.State]]:
+        states: dict[str, ck.State] = {}
+        step = None if policy is None else ck.cache(self._model, policy, donate=True)
+
+        def velocity(x: Tensor, t: Tensor, labels: Tensor, stream: Stream) -> Tensor:
+            if stream == "uncond":
+                self._tick()
+            arguments = digits.inputs(x, t, labels)
+            if step is None:
+                return self._model(**arguments)[0]
+            if stream not in states:
+                states[stream] = step.init(1000 * timesteps(self._steps)[:-1], **arguments)
+            out, states[stream] = step(states[stream], **arguments)
+            return out[0]
+
+        return sample(velocity, self._labels, self._steps, GUIDANCE, self._seed), states
+
+
+class Pipeline:
+    """A pipeline of diffusers."""
+
+    def __init__(
+        self,
+        model: str,
+        prompts: Sequence[str] | None,
+        steps: int,
+        seed: int,
+        given: dict[str, Any],
+        device: str,
+        dtype: str,
+        tick: Callable[[], object],
+    ) -> None:
+        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+        if kind is None:
+            raise typer.BadParameter(f"{dtype!r} is none of float32, bfloat16, float16", param_hint="--dtype")
+        try:
+            self._pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=kind).to(device)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            where = "no pipeline can be read from this folder" if Path(model).is_dir() else "the hub gave no pipeline"
+            raise typer.BadParameter(f"{model!r}: {where}: {first}", param_hint="MODEL") from error
+        self._pipe.set_progress_bar_config(disable=True)
+        self._name, self._seed = type(self._pipe).__name__, seed
+        self._given = {"num_inference_steps": steps, "output_type": "np", **given}
+        if prompts:
+            self._given["prompt"] = list(prompts) if len(prompts) > 1 else prompts[0]
+        if "callback_on_step_end" in self._pipe.__call__.__code__.co_varnames:
+            self._given["callback_on_step_end"] = lambda pipe, step, timestep, kwargs: tick() or kwargs
+
+    def record(self, policy: ck.Policy) -> ck.Trace:
+        """One call."""
+        with ckd.cached(self._pipe, policy) as run:
+            self._call()
+            names = list(dict.fromkeys(name.partition("/")[0] for name in run.states))
+            if len(names) != 1:
+                raise ck.ArgumentError(
+                    f"{self._name} has {len(names)} transformers in use ({', '.join(names)}), "
+                    "each with a trajectory of its own. Record them in Python: run.trace(name)."
+                )
+            return run.trace(names[0])
+
+    def run(self, policy: ck.Policy | None) -> Tensor:
+        """One call."""
+        if policy is None:
+            return self._call()
+        with ckd.cached(self._pipe, policy):
+            return self._call()
+
+    def _call(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed)
+        out = self._pipe(**self._given, generator=generator, return_dict=False)[0]
+        return torch.as_tensor(out).detach().cpu()

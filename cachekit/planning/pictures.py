@@ -1,0 +1,109 @@
+"""Pictures of a recording, of what was replayed on it, and of plans. They need matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from cachekit.drawing import FAINT, INK, TRACK, plain, png
+from cachekit.planning.replay import Replay, replay
+from cachekit.planning.trace import Trace
+from cachekit.plans import Plan
+from cachekit.policy import Policy
+
+PLANNED = "planned"
+COLOURS = ("#2f6fb7", "#d1782a", "#2e8b57", "#7a4fb5", "#b5446e", "#3d8f9e", "#8a6d1b")
+BEST = "#1f2933"
+
+
+def similarity(trace: Trace, site: str = "output") -> bytes:
+    """How alike the values of any two steps are: the Gram matrix over the norms, as a heat map. PNG."""
+    gram = trace.gram(site)
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    shown = (gram / (norms[:, None] * norms).clamp(min=1e-300)).numpy()
+    figure = Figure(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shown, cmap="magma", vmin=float(shown.min()), vmax=1.0, interpolation="nearest")
+    axes.set_xlabel("step", fontsize=9, color=INK)
+    axes.set_ylabel("step", fontsize=9, color=INK)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label(f"cosine between values of the {site}", fontsize=9, color=INK)
+    bar.ax.tick_params(length=0, colors=INK, labelsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return png(figure)
+
+
+def front(
+    plans: Sequence[Plan],
+    replays: Mapping[str, Sequence[Replay]],
+    measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> bytes:
+    """Predicted error against computed steps: plans as a line, methods as points. PNG.
+
+    Args:
+        plans: best ones, from `frontier`.
+        replays: method -> what its settings would have done.
+        measured: name of a plan or method -> (computed steps, dB) of real runs, drawn beside it.
+    """
+    figure = Figure(figsize=(10 if measured else 6.4, 4.4), layout="constrained")
+    left, *right = list(figure.subplots(1, 2 if measured else 1, squeeze=False)[0])
+    drawn = [(len(plan.steps), plan.error) for plan in plans if plan.error]
+    left.plot(*zip(*drawn, strict=True), color=BEST, linewidth=1.6, label=PLANNED, zorder=3)
+    for (name, each), colour in zip(replays.items(), _colours(len(replays)), strict=True):
+        points = sorted((one.computed_steps, one.error) for one in each if one.error)
+        if points:
+            left.plot(*zip(*points, strict=True), "o:", color=colour, markersize=4, linewidth=1, label=name)
+    left.set_yscale("log")
+    left.invert_xaxis()
+    left.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
+    left.set_ylabel("predicted error, of the whole way", fontsize=9, color=INK)
+    plain(left)
+    for axes in right:
+        names = list(replays)
+        for name, points in (measured or {}).items():
+            colour = _colours(len(names))[names.index(name)] if name in names else BEST
+            best = name == PLANNED
+            style = {"linewidth": 1.6 if best else 1, "markersize": 5 if best else 4}
+            axes.plot(*zip(*sorted(points), strict=True), "o-" if best else "o:", color=colour, label=name, **style)
+        axes.invert_xaxis()
+        axes.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
+        axes.set_ylabel("measured PSNR, dB", fontsize=9, color=INK)
+        plain(axes)
+    handles = {
+        label: handle
+        for axes in (left, *right)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return png(figure)
+
+
+def errors(trace: Trace, policies: Mapping[str, Policy]) -> bytes:
+    """The error of every step, and below it the steps that compute, for each policy. PNG."""
+    figure = Figure(figsize=(8, 3.0 + 0.3 * len(policies)), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 0.25 * len(policies) + 0.25])
+    for n, ((name, policy), colour) in enumerate(zip(policies.items(), _colours(len(policies)), strict=True)):
+        replayed = replay(trace, policy)
+        steps = range(replayed.steps)
+        above.plot(steps, [error or math.nan for error in replayed.errors], ".-", color=colour, label=name)
+        nodes = sorted(set().union(*replayed.computed.values()))
+        below.barh(n, replayed.steps, left=-0.5, height=0.7, color=TRACK)
+        below.barh([n] * len(nodes), 0.86, left=[node - 0.43 for node in nodes], height=0.7, color=colour)
+    above.set_ylabel("relative error\nof the forecast", fontsize=9, color=INK)
+    above.set_ylim(bottom=0)
+    above.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    plain(above)
+    below.set_yticks(range(len(policies)), list(policies), fontsize=9, color=INK)
+    below.invert_yaxis()
+    below.set_xlabel("step, from noise to image; filled: computed", fontsize=9, color=INK)
+    below.tick_params(length=0, colors=INK, labelsize=9)
+    below.spines[:].set_visible(False)
+    return png(figure)
+
+
+def _colours(count: int) -> tuple[str, ...]:
+    return (COLOURS * (count // len(COLOURS) + 1))[:count] or (FAINT,)
