@@ -1,14 +1,13 @@
 """What planning takes, and what it gives: `python bench/planning.py`; see README.md beside it.
 
-Two parts. `speed`: the search, and the replay of one policy, at 50 and 100 steps. `quality`: plans from one recording of
-the digits model, run on other digits and other noise, beside every method of the guide at its own numbers of computed
-steps; how well predicted errors rank real runs; and what a plan from a recording of another number of steps costs.
+Two parts. `speed`: the search, and the replay of one policy, at 50 and 100 steps. `quality`: plans from one recording
+of the digits model, run on other digits and other noise, beside every method of the guide at its own numbers of
+computed steps; how well predicted errors rank real runs; and what a plan from a recording of another length costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import record, write
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,14 +26,9 @@ from cachekit.demo.runs import FEWER, GUIDANCE, UNCACHED, Sampler, Setting, run
 from cachekit.demo.sample import sample
 from cachekit.diffusers import digits
 
-try:
-    import machine
-except ModuleNotFoundError:
-    from bench import machine
-
 STEPS = 50
 BUDGETS = (8, 10, 11, 13, 15, 16, 17, 19, 22, 25, 28, 30)
-RESULTS = Path(__file__).with_name("results") / "planning.json"
+RESULTS = Path(__file__).with_name("results")
 
 
 def main() -> None:
@@ -45,16 +40,15 @@ def main() -> None:
         "--plans", type=int, default=30, help="random plans whose predicted errors are held against runs"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of planning.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    record: dict[str, Any] = {"about": machine.about(), "threads": args.threads}
+    made = record("cpu", args.seeds)
     if not args.parts or "speed" in args.parts:
-        record["speed"] = speed()
+        made["rows"] = speed()
     if not args.parts or "quality" in args.parts:
-        record["quality"] = quality(args.seeds, args.digits, args.plans)
-    args.save.parent.mkdir(exist_ok=True)
-    args.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        made["quality"] = quality(args.seeds, args.digits, args.plans)
+    write(made, args.out, "planning")
 
 
 # Speed --------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 import cachekit as ck
 from cachekit.demo.pictures import COLOURS
-from cachekit.demo.runs import FEWER, UNCACHED
+from cachekit.demo.runs import FEWER, UNCACHED, record
 from cachekit.demo.sample import timesteps
 from cachekit.diffusers import digits
 from cachekit.drawing import INK, TRACK, plain
+from cachekit.planning import pictures as planning
 
 HERE = Path(__file__).parent
 Facts = dict[str, Any]
@@ -221,6 +223,38 @@ def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
     return figure, {f"{row['group']} {row['detail']}": row["psnr"] or "the reference" for row in rows}
 
 
+def tuning(trace: ck.Trace) -> dict[str, tuple[Figure, Facts]]:
+    """The pictures of the page on tuning, from one recording."""
+    newton, count = ck.forecasters.newton(1), round(0.26 * len(trace))
+    every = [step % (len(trace) // count + 1) == 0 for step in range(len(trace))]
+    plan = ck.plan(trace, computed=count)
+    policies = {
+        f"planned, {count} computed": ck.planned(plan),
+        f"evenly, {sum(every)} computed": ck.step_mask(every, forecaster=newton, sites="output"),
+    }
+    plans = ck.frontier(trace)
+    settings = {"first_block_cache": (0.05, 0.07, 0.1, 0.14, 0.2, 0.3), "mag_cache": (0.02, 0.04, 0.06, 0.09, 0.12)}
+    made = {
+        "first_block_cache": ck.first_block_cache,
+        "mag_cache": lambda budget: ck.mag_cache(trace.mag_ratios(), threshold=budget, retention=0.0),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ck.TraceWarning)
+        replays = {name: ck.sweep(trace, made[name], each).replays for name, each in settings.items()}
+    points = {name: [[each.computed_steps, round(each.error, 5)] for each in found] for name, found in replays.items()}
+    predicted = {name: round(ck.replay(trace, policy).error, 5) for name, policy in policies.items()}
+    return {
+        "similarity": (planning.similarity(trace), {"last to first": _rounded([_cosine(trace)])[0]}),
+        "errors": (planning.errors(trace, policies), {"plan": list(plan.steps), **predicted}),
+        "front": (planning.front(plans, replays), {"planned": [round(each.error or 0, 5) for each in plans], **points}),
+    }
+
+
+def _cosine(trace: ck.Trace) -> float:
+    gram = trace.gram("output")
+    return float(gram[-1, 0] / (gram[0, 0] * gram[-1, -1]).sqrt())
+
+
 def _clock(step: int, steps: int) -> ck.forecasters.Clock:
     return ck.forecasters.Clock(step=torch.tensor(float(step)), steps=torch.tensor(float(steps)))
 
@@ -235,9 +269,9 @@ def _lines(axes: Axes) -> Facts:
 
 def keep(results: Path) -> None:
     """Take the rows of a run of the demo for the documents."""
-    record = json.loads(results.read_text(encoding="utf-8"))
-    about = {name: record[name] for name in ("steps", "digits_per_class", "guidance", "seed", "threads", "versions")}
-    rows = [json.dumps({name: _short(row[name]) for name in KEPT}) for row in record["rows"]]
+    made = json.loads(results.read_text(encoding="utf-8"))
+    about = {name: made[name] for name in ("steps", "digits_per_class", "guidance", "seed", "threads", "versions")}
+    rows = [json.dumps({name: _short(row[name]) for name in KEPT}) for row in made["rows"]]
     text = json.dumps(about)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
     (HERE / "demo.json").write_text(text, encoding="utf-8")
 
@@ -251,6 +285,8 @@ def draw(folder: Path, steps: int = STEPS) -> list[Path]:
     loop = Loop(steps)
     found = residuals(loop)
     figures = {"patterns": patterns(loop), "drift": drift(found, loop), "forecasts": forecasts(found)}
+    trace = record(loop.model, steps, seed=1)
+    figures |= tuning(trace)
     figures["pareto"] = pareto(json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["rows"])
     folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, facts) in figures.items():

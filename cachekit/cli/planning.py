@@ -242,9 +242,10 @@ def _progress(name: str, total: int) -> Iterator[Callable[[], object]]:
         progress.total = progress.n
 
 
-def _draw(path: Path, draw: Callable[[Any], bytes]) -> None:
+def _draw(path: Path, draw: Callable[[Any], Any]) -> None:
     try:
+        from cachekit.drawing import png
         from cachekit.planning import pictures
     except ModuleNotFoundError as error:
         raise ck.ArgumentError(f"--picture needs {error.name}: pip install 'cachekit[demo]'") from error
-    path.write_bytes(draw(pictures))
+    path.write_bytes(png(draw(pictures)))

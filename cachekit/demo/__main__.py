@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.demo import pictures, report
-from cachekit.demo.runs import GUIDANCE, UNCACHED, Row, Setting, Trial, calibrate, run, score, settings
+from cachekit.demo.runs import GUIDANCE, UNCACHED, Row, Setting, Trial, record, run, score, settings
 from cachekit.demo.verdict import gain, headline
 from cachekit.diffusers import digits
 
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
     labels = torch.arange(digits.CLASSES).repeat(args.digits_per_class)
     model = digits.load(args.weights)
 
-    ratios, trials = measure(model, labels, args)
-    ratios.save(args.out / "mag_ratios.json")
+    trace, trials = measure(model, labels, args)
+    trace.save(args.out / "digits.trace.safetensors")
     rows = score(trials, labels)
     sentences = headline(rows)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
         "Sampling": f"{sampled}, float32, {'compiled' if args.compile else 'eager'}",
         "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, all runs in one process",
         "Noise of the timing": f"a computed forward of the {len(labels)} digits took {paces}",
-        "mag_cache": "its ratios were calibrated in this run, on other noise: mag_ratios.json",
+        "mag_cache, planned": "from one uncached run of 20 digits in other noise: digits.trace.safetensors",
         "Machine": system,
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
 
-    record = write(args.out, rows, trials, sentences, facts, args)
+    written = write(args.out, rows, trials, trace, sentences, facts, args)
     if args.json:
-        print(record)
+        print(written)
         return
     print(report.table(rows))
     print("\n* The other steps leave out attention, or attention and feed-forward networks, and run the rest.")
@@ -93,33 +93,42 @@ def arguments(argv: Sequence[str] | None, prog: str = "python -m cachekit.demo")
     return args
 
 
-def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.MagRatios, list[Trial]]:
-    """The calibrated ratios, and one trial of every setting."""
+def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.Trace, list[Trial]]:
+    """The recording, and one trial of every setting."""
     with tqdm(unit="step", total=args.steps, mininterval=0.2, dynamic_ncols=True) as progress:
-        progress.set_description("mag_calibration")
-        # Noise of its own: calibrated on what is judged, the ratios would know the answer.
-        ratios = calibrate(model, args.steps, args.seed + 1, progress.update)
-        planned = settings(args.steps, ratios, args.short)
+        progress.set_description("recording")
+        # Noise of its own: recorded on what is judged, ratios and plans would know the answer.
+        trace = record(model, args.steps, args.seed + 1, progress.update)
+        planned = settings(args.steps, trace, args.short)
         progress.total += (2 if args.compile else 1) * sum(setting.steps for setting in planned)
         run(model, Setting(UNCACHED, "warm-up", 2), labels, args.seed)
         trials = []
         for setting in planned:
             progress.set_description(f"{setting.label:<38}")
             trials.append(run(model, setting, labels, args.seed, progress.update, args.compile))
-    return ratios, trials
+    return trace, trials
 
 
 def write(
     out: Path,
     rows: Sequence[Row],
     trials: Sequence[Trial],
+    trace: ck.Trace,
     sentences: Sequence[str],
     facts: dict[str, str],
     args: argparse.Namespace,
 ) -> str:
     """Write report.html, its pictures as files, and results.json; what that holds."""
     reference = trials[0].samples
-    images = {"pattern": pictures.pattern(rows), "speed": pictures.speed(rows)}
+    policies: dict[str, list[ck.Policy]] = {}
+    for trial in trials:
+        if trial.setting.policy is not None:
+            policies.setdefault(trial.setting.group, []).append(trial.setting.policy)
+    images = {
+        "pattern": pictures.pattern(rows),
+        "speed": pictures.speed(rows),
+        "front": pictures.front(rows, trace, policies),
+    }
     for n, trial in enumerate(trials):
         images[f"samples/{n:02d}"] = pictures.samples(trial.samples, digits.CLASSES)
         images[f"differences/{n:02d}"] = pictures.differences(trial.samples, reference, digits.CLASSES)
@@ -130,7 +139,7 @@ def write(
     page = report.html(rows, sentences, facts, images, len(reference))
     (out / "report.html").write_text(page, encoding="utf-8")
 
-    record: dict[str, Any] = {
+    made: dict[str, Any] = {
         "seed": args.seed,
         "digits_per_class": args.digits_per_class,
         "steps": args.steps,
@@ -157,7 +166,7 @@ def write(
             for row in rows
         ],
     }
-    text = json.dumps(record, indent=1, allow_nan=False)
+    text = json.dumps(made, indent=1, allow_nan=False)
     (out / "results.json").write_text(text + "\n", encoding="utf-8")
     return text
 

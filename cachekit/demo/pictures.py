@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from cachekit.demo.runs import FEWER, UNCACHED, Row
+import cachekit as ck
+from cachekit.demo.runs import FEWER, PLANNED, UNCACHED, Row
 from cachekit.drawing import INK, TRACK, plain, png
+from cachekit.planning import pictures as planning
 
 COLOURS = {
     UNCACHED: "#1f2933",
@@ -26,6 +30,7 @@ COLOURS = {
     "pyramid_attention_broadcast": "#b5446e",
     "faster_cache": "#3d8f9e",
     "combination": "#8a6d1b",
+    PLANNED: "#c22f2f",
 }
 DIFFERENCE = 0.2
 """Absolute difference that the difference pictures paint in full colour: a tenth of the range."""
@@ -102,6 +107,27 @@ def speed(rows: Sequence[Row]) -> bytes:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return png(figure)
+
+
+def front(rows: Sequence[Row], trace: ck.Trace, policies: Mapping[str, Sequence[ck.Policy]]) -> bytes:
+    """Predicted error of plans and methods against computed steps, and what was measured.
+
+    Args:
+        rows: of the table.
+        trace: of the recorded run.
+        policies: of the rows, by group; those of which the trace holds nothing are left out.
+    """
+    replays = {}
+    for group, each in policies.items():
+        with contextlib.suppress(ck.ArgumentError), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ck.TraceWarning)
+            replays[group] = ck.replay(trace, each)
+    replays.pop(PLANNED, None)  # they are points of the line
+    measured = {
+        group: [(row.computed_steps, row.psnr) for row in rows if row.group == group and math.isfinite(row.psnr)]
+        for group in (PLANNED, FEWER, *replays)
+    }
+    return png(planning.front(ck.frontier(trace), replays, measured))
 
 
 def _scatter(axes: Axes, rows: Sequence[Row], cost: Callable[[Row], float]) -> None:

@@ -70,7 +70,7 @@ def html(
         rows: of the table, in groups, the uncached one first.
         sentences: the headline, then what follows it.
         facts: what was run, on what.
-        pictures: PNGs: "pattern", "speed", and for every row "samples/<number>" and "differences/<number>".
+        pictures: PNGs: "pattern", "speed", "front", and for every row "samples/<number>" and "differences/<number>".
         digits: how many samples each row has.
     """
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -82,6 +82,7 @@ def html(
         table=_table(rows),
         cards="".join(_card(n, row, rows, pictures) for n, row in enumerate(rows)),
         pattern=_image(pictures["pattern"], "Which steps every setting computed"),
+        front=_image(pictures["front"], "Predicted error against computed steps, and the measured PSNR"),
         speed=_image(pictures["speed"], "PSNR against computed steps and against speed-up"),
         difference=f"{DIFFERENCE:g}",
     )

@@ -19,6 +19,7 @@ from cachekit.diffusers import digits
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
+PLANNED = "planned"
 STREAMS: tuple[Stream, ...] = ("cond", "uncond")
 GUIDANCE = 2.0
 PACE = 1.25
@@ -86,12 +87,16 @@ class Row(NamedTuple):
         return self.group not in (UNCACHED, FEWER)
 
 
-def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Setting]:
+def settings(steps: int, trace: ck.Trace, short: bool = False) -> list[Setting]:
     """All settings of a run of `steps` steps, in the order of the table; a few of them for a `short` one.
+
+    The ratios of MagCache and the plans are from the trace of another run.
 
     The parameters are chosen for the shipped weights at 50 steps: about 3/5, 2/5 and 1/4 of the steps compute.
     """
     newton, taylor = ck.forecasters.newton(1), ck.forecasters.taylor(1)
+    ratios, plans = trace.mag_ratios(), ck.frontier(trace)
+    planned = (0.4, 0.2) if short else (0.5, 0.38, 0.26, 0.2)
     # Up to 7/10, so that also the careful settings have a run to be held against.
     shares = (0.7, 0.4, 0.2) if short else (0.7, 0.5, 0.4, 0.3, 0.2)
     thresholds = (0.12,) if short else (0.12, 0.16)
@@ -167,6 +172,10 @@ def settings(steps: int, ratios: ck.MagRatios, short: bool = False) -> list[Sett
         ),
         Setting("faster_cache", "2 (uncond 5)", steps, ck.faster_cache(cfg="separate", layout="BCFHW"), True),
         *(Setting("combination", detail, steps, policy, True) for detail, policy in combinations),
+        *(
+            Setting(PLANNED, f"{count} + newton 1, output", steps, ck.planned(plans[count - 1]), True)
+            for count in (round(share * steps) for share in planned)
+        ),
     ]
 
 
@@ -251,18 +260,13 @@ def run(
     return Trial(setting, samples, computed, seconds, sum(paces) / len(paces))
 
 
-def calibrate(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] = lambda: None) -> ck.MagRatios:
-    """Magnitude ratios of the model over `steps` Euler steps, from one digit of each class.
-
-    A policy belongs to the step, not to the stream, so the ratios are the mean of both streams.
-    """
-    labels = torch.arange(digits.CLASSES)
-    sampler = Sampler(model, Setting("mag_calibration", "", steps, ck.mag_calibration()), labels, tick)
+def record(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] = lambda: None) -> ck.Trace:
+    """What both streams of one uncached run over `steps` Euler steps have computed, of two digits of each class."""
+    labels = torch.arange(digits.CLASSES).repeat(2)
+    sampler = Sampler(model, Setting("recording", "", steps, ck.recording()), labels, tick)
     sample(sampler, labels, steps, GUIDANCE, seed)
-    streams = [ck.MagRatios.from_state(state).ratios for state in sampler.states.values()]
-    mean = tuple(sum(both) / len(both) for both in zip(*streams, strict=True))
-    scheduler = f"flow matching Euler, {steps} steps, guidance {GUIDANCE:g}"
-    return ck.MagRatios(mean, model="cachekit digits", scheduler=scheduler)
+    notes = {"model": "cachekit digits", "scheduler": f"flow matching Euler, {steps} steps", "guidance": GUIDANCE}
+    return ck.Trace.from_state(sampler.states, notes=notes)
 
 
 def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from cachekit.drawing import FAINT, INK, TRACK, plain, png
+from cachekit.drawing import FAINT, INK, TRACK, plain
 from cachekit.planning.replay import Replay, replay
 from cachekit.planning.trace import Trace
 from cachekit.plans import Plan
@@ -18,8 +18,8 @@ COLOURS = ("#2f6fb7", "#d1782a", "#2e8b57", "#7a4fb5", "#b5446e", "#3d8f9e", "#8
 BEST = "#1f2933"
 
 
-def similarity(trace: Trace, site: str = "output") -> bytes:
-    """How alike the values of any two steps are: the Gram matrix over the norms, as a heat map. PNG."""
+def similarity(trace: Trace, site: str = "output") -> Figure:
+    """How alike the values of any two steps are: the Gram matrix over the norms, as a heat map."""
     gram = trace.gram(site)
     norms = gram.diagonal().clamp(min=0).sqrt()
     shown = (gram / (norms[:, None] * norms).clamp(min=1e-300)).numpy()
@@ -34,15 +34,15 @@ def similarity(trace: Trace, site: str = "output") -> bytes:
     bar.set_label(f"cosine between values of the {site}", fontsize=9, color=INK)
     bar.ax.tick_params(length=0, colors=INK, labelsize=8)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    return png(figure)
+    return figure
 
 
 def front(
     plans: Sequence[Plan],
     replays: Mapping[str, Sequence[Replay]],
     measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> bytes:
-    """Predicted error against computed steps: plans as a line, methods as points. PNG.
+) -> Figure:
+    """Predicted error against computed steps: plans as a line, methods as points.
 
     Args:
         plans: best ones, from `frontier`.
@@ -79,11 +79,11 @@ def front(
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return png(figure)
+    return figure
 
 
-def errors(trace: Trace, policies: Mapping[str, Policy]) -> bytes:
-    """The error of every step, and below it the steps that compute, for each policy. PNG."""
+def errors(trace: Trace, policies: Mapping[str, Policy]) -> Figure:
+    """The error of every step, and below it the steps that compute, for each policy."""
     figure = Figure(figsize=(8, 3.0 + 0.3 * len(policies)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 0.25 * len(policies) + 0.25])
     for n, ((name, policy), colour) in enumerate(zip(policies.items(), _colours(len(policies)), strict=True)):
@@ -102,7 +102,7 @@ def errors(trace: Trace, policies: Mapping[str, Policy]) -> bytes:
     below.set_xlabel("step, from noise to image; filled: computed", fontsize=9, color=INK)
     below.tick_params(length=0, colors=INK, labelsize=9)
     below.spines[:].set_visible(False)
-    return png(figure)
+    return figure
 
 
 def _colours(count: int) -> tuple[str, ...]:

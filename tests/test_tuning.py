@@ -1,0 +1,234 @@
+"""Record, replay, plan and choose where users do it: on pipelines, from the command line, in pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from piping import STEPS, image, piped
+from test_cli import call, read
+
+import cachekit as ck
+import cachekit.diffusers as ckd
+from cachekit import ArgumentError, StateError
+from cachekit.drawing import png
+from cachekit.planning import pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+FLUX = ["--dtype", "float32", "--set", "height=16", "--set", "width=16"]
+
+
+# Pipelines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"), [("flux", ["cond"]), ("wan", ["cond", "uncond"]), ("ltx", ["cond_uncond"])]
+)
+def test_a_pipeline_is_recorded_and_its_plan_runs(name, streams):
+    made, plain = piped(name), image(piped(name))
+    with ckd.cached(made.pipe, ck.recording()) as run:
+        assert torch.equal(image(made), plain)
+    trace = run.trace()
+    assert len(trace) == STEPS and trace.sites == ("output", "chain", "probe", "rest")
+    assert list(trace.streams) == streams
+    assert trace.notes["model"] == type(made.pipe).__name__
+    plan = ck.plan(trace, computed=4)
+    with ckd.cached(made.pipe, ck.planned(plan)) as run:
+        changed = image(made)
+    assert all(stream.computed == plan.computed for stream in run.summary().streams.values())
+    assert not torch.equal(changed, plain)
+    # It is a good one: as many steps in a row at the start are worse.
+    front = ck.step_mask([1] * 4 + [0] * (STEPS - 4), forecaster=ck.forecasters.newton(1), sites="output")
+    with ckd.cached(made.pipe, front):
+        assert (changed - plain).norm() < (image(made) - plain).norm()
+
+
+def test_what_a_pipeline_recorded_is_its_own():
+    made = piped("flux")
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        with pytest.raises(ArgumentError, match="no call yet"):
+            run.trace()
+        image(made)
+        first = run.trace()
+        image(made, seed=1)
+        assert not torch.equal(run.trace().gram("output"), first.gram("output"))
+        with pytest.raises(ArgumentError, match="transformer_2"):
+            run.trace("transformer_2")
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)) as run:
+        image(made)
+    with pytest.raises(StateError, match="recording"):
+        run.trace()
+
+
+def test_a_plan_asks_the_pipeline_for_scheduler_and_guidance():
+    made = piped("flux")
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made, guidance_scale=3.0)
+    trace = run.trace()
+    assert trace.notes["guidance"] == "3.0" and "FlowMatchEuler" in trace.notes["scheduler"]
+    policy = ck.planned(ck.plan(trace, computed=4))
+    with ckd.cached(made.pipe, policy):
+        image(made, guidance_scale=3.0)
+        with pytest.raises(ArgumentError, match=r"`guidance` is 5\.0"):
+            image(made, guidance_scale=5.0)
+        with pytest.raises(ArgumentError, match="8 steps"):
+            image(made, guidance_scale=3.0, num_inference_steps=STEPS - 1)
+        made.pipe.scheduler = type("HeunScheduler", (type(made.pipe.scheduler),), {}).from_config(
+            made.pipe.scheduler.config
+        )
+        with pytest.raises(ArgumentError, match="`scheduler` is 'HeunScheduler'"):
+            image(made, guidance_scale=3.0)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `record` wrote of the digits."""
+    path = tmp_path_factory.mktemp("trace") / "digits.trace.safetensors"
+    said = call("record", "digits", "--prompt", "3", "--steps", "10", "--out", str(path))
+    assert "10 steps, streams: cond, uncond; sites: output, chain, probe, rest" in said
+    return path
+
+
+def test_record_writes_a_small_file(recorded):
+    trace = ck.Trace.load(recorded)
+    assert len(trace) == 10 and trace.notes["guidance"] == "2.0"
+    assert recorded.stat().st_size < 30_000
+
+
+def test_record_says_what_it_wrote(tmp_path):
+    options = ["--prompt", "1", "--steps", "4", "--out", str(tmp_path / "t"), "--site", "output", "--sketch", "31"]
+    said = read("record", "digits", *options, "--picture", str(tmp_path / "gram.png"))
+    assert said["steps"] == 4 and said["sites"] == ["output"] and said["bytes"] == (tmp_path / "t").stat().st_size
+    assert (tmp_path / "gram.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_replay_is_what_the_library_says(recorded, tmp_path):
+    given = ["--method", "first_block_cache", "--at", "0.2", "--at", "0.4"]
+    said = read("replay", str(recorded), *given, "--picture", str(tmp_path / "front.png"))
+    trace = ck.Trace.load(recorded)
+    for row, setting in zip(said["rows"], (0.2, 0.4), strict=True):
+        wanted = ck.replay(trace, ck.first_block_cache(setting))
+        assert row["setting"] == setting and row["error"] == wanted.error
+        assert {name: tuple(nodes) for name, nodes in row["computed"].items()} == wanted.computed
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    table = call("replay", str(recorded))
+    assert all(name in table for name in ("first_block_cache", "mag_cache", "taylorseer"))
+    never = read("replay", str(recorded), "--method", "first_block_cache", "--at", "1e-9")
+    assert "leave out no step" in never["warnings"][0]
+
+
+def test_plan_is_what_the_library_says(recorded, tmp_path):
+    out, picture = tmp_path / "plan.json", tmp_path / "errors.png"
+    said = read("plan", str(recorded), "--computed", "4", "--out", str(out), "--picture", str(picture))
+    wanted = ck.plan(ck.Trace.load(recorded), computed=4)
+    assert ck.Plan.load(out) == wanted and said["computed"] == list(wanted.steps) and said["error"] == wanted.error
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert call("plan", str(recorded), "--computed", "4").strip() == str(wanted)
+    held = read("plan", str(recorded), "--speedup", "2", "--costs", "1,0.2", "--forecaster", "hold", "--site", "chain")
+    assert held["forecaster"] == "hold" and held["site"] == "chain" and len(held["computed"]) == 3
+    assert len(read("plan", str(recorded), "--error", "0")["computed"]) == 10
+
+
+def test_choose_runs_until_it_is_enough(recorded, tmp_path):
+    out = tmp_path / "plan.json"
+    said = read("choose", str(recorded), "digits", "--prompt", "5", "--at-least", "30 dB", "--out", str(out))
+    qualities = {each["computed"]: each["psnr"] for each in said["measured"]}
+    assert qualities[len(said["computed"])] >= 30
+    assert ck.Plan.load(out).steps == tuple(said["computed"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["record", "digits", "--prompt", "cat", "--out", "t"], "no digits"),
+        (["record", "digits", "--prompt", "12", "--out", "t"], "no digits"),
+        (["record", "digits", "--site", "attention", "--out", "t"], "sites"),
+        (["record", "./nowhere", "--out", "t"], "nowhere"),
+        (["record", "digits", "--dtype", "int8", "--out", "t", "--set", "height"], None),
+        (["replay", "TRACE", "--method", "nothing"], "nothing"),
+        (["replay", "TRACE", "--at", "0.1"], "--method"),
+        (["plan", "TRACE"], "Give one of"),
+        (["plan", "TRACE", "--computed", "11"], "computed"),
+        (["plan", "TRACE", "--speedup", "2", "--costs", "cheap"], "no pair"),
+        (["plan", "TRACE", "--computed", "4", "--forecaster", "spline"], "spline"),
+        (["choose", "TRACE", "digits", "--at-least", "good"], "at_least"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, named, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [str(recorded) if word == "TRACE" else word for word in words]
+    if named is None:  # what the digits do not ask for does no harm
+        return
+    code = 1 if named in ("sites", "Give one of", "computed", "spline", "at_least") else 2
+    assert named in call(*words, code=code)
+
+
+def test_a_broken_trace_is_refused(tmp_path):
+    (tmp_path / "broken").write_bytes(b"nothing")
+    for words in (["replay"], ["plan", "--computed", "4"], ["choose"]):
+        name, *more = words
+        given = [str(tmp_path / "broken"), *(["digits"] if name == "choose" else []), *more]
+        assert "holds no trace" in call(name, *given, code=1)
+
+
+def test_a_pipeline_from_a_folder(tmp_path):
+    """A pipeline that can be saved whole, and is called without a prompt: its embeddings are its own."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    dit = pytest.importorskip("diffusers").DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=4,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=2,
+    )
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    vae = pytest.importorskip("diffusers").AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1,
+    )
+    DiTPipeline(dit, vae, DDIMScheduler()).save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "t"
+    given = ["--steps", "6", "--set", "class_labels=[1]", "--dtype", "float32", "--out", str(out)]
+    said = read("record", str(tmp_path / "pipe"), *given)
+    assert said["steps"] == 6 and said["notes"]["scheduler"] == "DDIMScheduler"
+    chosen = read("choose", str(out), str(tmp_path / "pipe"), *given[2:6], "--at-least", "10")
+    assert chosen["measured"]
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_they_are_given(recorded):
+    trace = ck.Trace.load(recorded)
+    heat = pictures.similarity(trace)
+    shown = heat.axes[0].get_images()[0].get_array()
+    assert shown.shape == (10, 10) and shown.max() == pytest.approx(1.0)
+    plans = ck.frontier(trace)
+    replays = {"first_block_cache": [ck.replay(trace, ck.first_block_cache(at)) for at in (0.2, 0.3)]}
+    drawn = pictures.front(plans, replays, {"planned": [(4, 30.0), (2, 20.0)]})
+    line, points = drawn.axes[0].get_lines()
+    assert list(line.get_ydata()) == [plan.error for plan in plans if plan.error]
+    assert sorted(points.get_xdata()) == sorted(each.computed_steps for each in replays["first_block_cache"])
+    assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [20.0, 30.0]
+    errors = pictures.errors(trace, {"planned": ck.planned(plans[3])})
+    values = list(errors.axes[0].get_lines()[0].get_ydata())
+    assert [step for step, value in enumerate(values) if value != value] == list(plans[3].steps)
+    assert png(errors).startswith(b"\x89PNG")
+    assert json.dumps({"plan": plans[3].steps})
