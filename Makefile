@@ -34,8 +34,9 @@ lint: setup            ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: setup           ## what a cached step costs on this machine; writes bench/results/
+bench: setup           ## what a cached step costs, and what plans give, on this machine; writes bench/results/
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/planning.py
 
 bench-gpu:             ## the same on a GPU, in the Python that is there: PYTHON=...; writes bench/results/
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py all

@@ -154,4 +154,45 @@ MUTANTS = (
         "now.step - state.nodes[:1], 0.0",
         "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
     ),
+    # The polynomial through the values is a product.
+    Mutant(
+        "forecasters/_newton.py",
+        "ahead / apart).prod(-1)",
+        "ahead / apart).sum(-1)",
+        "test_planning.py::test_weights_are_what_is_predicted",
+    ),
+    # The reference of a signal is the last computed step, not the one before.
+    Mutant(
+        "planning/replay.py",
+        "sums[step][last])",
+        "sums[step][step - 1])",
+        "test_planning.py::test_decisions_are_those_of_a_live_run",
+    ),
+    # What is left out after the probe is not the whole chain.
+    Mutant(
+        "running/spans.py",
+        "residual - front[stream.key] if stream.key in front else residual",
+        "residual",
+        "test_planning.py::test_a_trace_holds_what_the_model_computed",
+    ),
+    # A gap may be as long as is allowed, and no longer.
+    Mutant(
+        "planning/planner.py",
+        "last = min([c + self._longest + 1,",
+        "last = min([c + self._longest + 2,",
+        "test_planning.py::test_no_plan_is_better",
+    ),
+    # An error counts as far as the sampler goes with it.
+    Mutant(
+        "planning/planner.py",
+        "factors * self._sizes[last + 1 :, None], 1)",
+        "factors * self._sizes.mean(), 1)",
+        "test_planning.py::test_no_plan_is_better",
+    ),
+    Mutant(
+        "planning/replay.py",
+        "summed.index_add_(0, starts.cumsum(0) - 1, off * sizes[:, None])",
+        "summed.index_add_(0, starts.cumsum(0) - 1, off)",
+        "test_planning.py::test_errors_are_those_of_a_live_run",
+    ),
 )

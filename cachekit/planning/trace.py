@@ -29,6 +29,9 @@ ONLY = ""
 """Name of the stream where there is one."""
 
 
+NOTHING = "`state` holds no recording. Run the trajectory under cachekit.recording()."
+
+
 class Recorded(NamedTuple):
     """Of one site of one stream. Every matrix is float64."""
 
@@ -306,10 +309,12 @@ def _recorded(state: State) -> dict[str, Recorded]:
     for name, records in state.sites.items():
         for record in records:
             if not isinstance(record, RecordState):
-                raise StateError("`state` holds no recording. Run the trajectory under cachekit.recording().")
+                raise StateError(NOTHING)
             site = "output" if name.startswith("output") else "chain"
             site = next((each for each in ("probe", "rest") if f"({each})" in name), site)
             by_site.setdefault(site, []).append(record)
+    if not by_site:
+        raise StateError(NOTHING)
     made = {}
     for site, records in by_site.items():
         first = records[0]
