@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cachekit as ck
+from cachekit.demo import runs
 from cachekit.demo.metrics import psnr
-from cachekit.demo.runs import FEWER, GUIDANCE, UNCACHED, Sampler, Setting, run
-from cachekit.demo.sample import sample
+from cachekit.demo.runs import FEWER, UNCACHED, Setting, run
 from cachekit.diffusers import digits
 
 STEPS = 50
@@ -94,14 +94,6 @@ def _timed(function: Any) -> float:
 # Quality ------------------------------------------------------------------------------------------------------------
 
 
-def recorded(model: torch.nn.Module, count: int, seed: int, steps: int = STEPS) -> ck.Trace:
-    """One uncached run of digits of every class."""
-    labels = torch.arange(count) % digits.CLASSES
-    sampler = Sampler(model, Setting("recording", "", steps, ck.recording()), labels, lambda: None)
-    sample(sampler, labels, steps, GUIDANCE, seed)
-    return ck.Trace.from_state(sampler.states)
-
-
 def methods(trace: ck.Trace) -> Iterator[Setting]:
     """Every method of the guide at several settings, and a plain mask with the forecaster of the plans."""
     for threshold in (0.06, 0.08, 0.1, 0.12, 0.16, 0.2):
@@ -127,7 +119,7 @@ def mask(computed: list[bool]) -> ck.Policy:
 def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     """PSNR of plans and methods over seeds, and how predicted errors rank runs."""
     model = digits.load()
-    trace = recorded(model, count, seed=1)
+    trace = runs.record(model, STEPS, seed=1)
     found = ck.frontier(trace, most=max(BUDGETS))
     settings = [Setting("planned", f"{budget}", STEPS, ck.planned(found[budget - 1])) for budget in BUDGETS]
     settings += methods(trace)
@@ -195,7 +187,7 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
 def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[str, Any]]:
     """Plans for 28 steps from the recording of 50, beside plans from a recording of 28."""
     steps, seed = 28, 10
-    own = recorded(model, count, seed=1, steps=steps)
+    own = runs.record(model, steps, seed=1)
     labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
     reference = run(model, Setting(UNCACHED, "", steps), labels, seed).samples
     rows = []

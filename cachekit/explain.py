@@ -93,6 +93,9 @@ def _sites(found: Found, state: State) -> Iterator[SiteRow]:
             yield SiteRow(f"{span.name} (probe, always runs)", len(span.paths), 1, state_bytes(state.reference))
         elif span.name in state.sites:
             yield SiteRow(span.name, len(span.paths), len(span.streams), state_bytes(state.sites[span.name]))
+    if layout.tap is not None:
+        for name in (layout.tap.front.name, layout.tap.rest):
+            yield SiteRow(name, None, len(state.sites[name]), state_bytes(state.sites[name]))
     if layout.output is not None:
         held = state_bytes(state.sites[layout.output.name])
         yield SiteRow(layout.output.name, None, len(layout.output.dtypes), held)

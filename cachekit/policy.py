@@ -18,6 +18,7 @@ from cachekit.structure.parts import PARTS, Sites, patterns_of
 from cachekit.structure.record import KINDS
 
 SITES = ("chain", "output", *PARTS)
+RECORDED = ("output", "chain", "probe")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Policy:
         if self.sites != "chain" and self.signal is not None and not self.front:
             raise ArgumentError(
                 f"`signal` is measured on chains; with sites={self.sites!r} and front=0 give signal=None."
+            )
+        if self.recorded and (not set(self.recorded) <= set(RECORDED) or self.front or not self.static):
+            raise ArgumentError(
+                f"`recorded` is {self.recorded!r}: it names some of {', '.join(map(repr, RECORDED))}, of a policy that "
+                "leaves nothing out. Use cachekit.recording()."
             )
         if self.front and self.signal is None:
             raise ArgumentError(

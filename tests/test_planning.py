@@ -266,8 +266,14 @@ def test_bad_recordings_are_refused():
     for sketch in (0, True, 2.5):
         with pytest.raises(ArgumentError, match="sketch"):
             ck.recording(sketch=sketch)
+    for more in ({"recorded": ("mlp",)}, {"recorded": ("chain",), "front": 1, "signal": ck.signals.change}):
+        with pytest.raises(ArgumentError, match="recorded"):
+            ck.Policy("p", ck.deciders.always(), hold(), **more)
     step = ck.cache(model_of("plain"), ck.recording())
+    explained = step.explain(times(), *inputs(0))
     state = step.init(times(), *inputs(0))
+    assert sum(row.state_bytes for row in explained.sites) <= explained.state_bytes == ck.summary(state).state_bytes
+    assert [row.name.rpartition(" ")[2] for row in explained.sites][1:3] == ["(probe)", "(rest)"]
     with pytest.raises(StateError, match="0 of 12"):
         ck.Trace.from_state(state)
     with pytest.raises(StateError, match="no recording"):
@@ -313,7 +319,7 @@ def test_decisions_are_those_of_a_live_run(sites, decider, flow, recorded):
 
 
 @pytest.mark.parametrize("name", FORECASTERS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(nodes=plans_of(STEPS))
 def test_errors_are_those_of_a_live_run(name, nodes, recorded):
     mask = [step in nodes for step in range(STEPS)]

@@ -266,7 +266,7 @@ def record(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] =
     sampler = Sampler(model, Setting("recording", "", steps, ck.recording()), labels, tick)
     sample(sampler, labels, steps, GUIDANCE, seed)
     notes = {"model": "cachekit digits", "scheduler": f"flow matching Euler, {steps} steps", "guidance": GUIDANCE}
-    return ck.Trace.from_state(sampler.states, notes=notes)
+    return ck.Trace.from_state({**sampler.states}, notes=notes)
 
 
 def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:

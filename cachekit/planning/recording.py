@@ -11,9 +11,8 @@ from torch import Tensor
 from cachekit import deciders
 from cachekit.errors import ArgumentError
 from cachekit.forecasters import Clock, Forecaster
-from cachekit.policy import Policy
+from cachekit.policy import RECORDED, Policy
 
-RECORDED = ("output", "chain", "probe")
 WHOLE = 2**20
 """Values of at most so many numbers are kept as they are."""
 SKETCH = 65_521

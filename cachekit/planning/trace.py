@@ -214,7 +214,8 @@ class Trace:
             raise ArgumentError(f"`degree` must be an int >= 0, got {degree!r}.")
         if len(self) < degree + 2:
             raise ArgumentError(f"`degree` is {degree}, and {len(self)} steps have {len(self) - 1} changes: take less.")
-        self._known("probe"), self._known("output")
+        for site in ("probe", "output"):
+            self._known(site)
         seen, went = [], []
         for sites in self.streams.values():
             for site, into in (("probe", seen), ("output", went)):
