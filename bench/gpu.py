@@ -34,11 +34,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cachekit_kernels as kernels
 import torch
+from correctness import correct, off
 from peers import cache_dit, hooks
 from records import record, write
-from torch.utils import _pytree as pytree
 from workloads import STEPS, TIMES, Workload, flux, wan
 
 import cachekit as ck
@@ -48,7 +47,6 @@ kernel_bench = importlib.import_module("kernels")  # kernels.py beside this scri
 PARTS = ("kernels", "graphs", "flux", "wan")
 PEERS = (hooks, cache_dit)
 PROGRAMS = ("mag_cache", "first_block_cache")  # one static, one that looks at the data
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = 5e-2
 """Relative error of bfloat16 through all blocks, by another order of the sums."""
 
@@ -105,62 +103,6 @@ class Bench(NamedTuple):
             return True
         self.left_out.append(f"{what}: out of time")
         return False
-
-
-# Kernels -----------------------------------------------------------------------------------------------------
-
-
-def correct(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Every kernel against its reference in float64."""
-    noise = torch.Generator(bench.device).manual_seed(0)
-    shapes = [(1,), (3, 1013), (2, 257, 96)] if bench.tiny else [(1,), (3, 1013), (2, 4608, 3072), (1, 32760, 1536)]
-    for case in kernel_bench.CASES:
-        worst = 0.0
-        for dtype in DTYPES:
-            for shape in shapes:
-
-                def draw(kind: torch.dtype | None = None, shape=shape, dtype=dtype) -> torch.Tensor:
-                    return torch.randn(shape, generator=noise, device=bench.device, dtype=kind or dtype)
-
-                given = case.arguments(draw, torch.tensor([0.7, 1.3], device=bench.device))
-                wide = pytree.tree_map(
-                    lambda value: value.double() if isinstance(value, torch.Tensor) else value, given
-                )
-                results, rights = (pytree.tree_leaves(made) for made in (case.ours(*given), case.plain(*wide)))
-                # Of two sums one may be next to nothing: they count beside the larger.
-                size = max([right.abs() for right in rights if not right.ndim], default=torch.zeros(()))
-                for found, wanted in zip(results, rights, strict=True):
-                    error = off(found, wanted) if wanted.ndim else ((found - wanted).abs() / size).item()
-                    if not error < (1e-5 if dtype == torch.float32 else 1e-2):
-                        raise SystemExit(f"{case.name}, {dtype}, {shape}: off by {error:.1e} relative.")
-                    worst = max(worst, error)
-        yield {"part": "kernels", "kernel": case.name, "worst_relative_error": worst}
-    if not bench.tiny:
-        yield beyond(bench.device)
-
-
-def beyond(device: torch.device) -> dict[str, Any]:
-    """More elements than an index of 32 bits can count."""
-    size = 2**31 + 4099
-    one, other = (torch.full((size,), value, device=device, dtype=torch.bfloat16) for value in (3.0, 1.0))
-    one[-1], other[-1] = 64.0, 32.0
-    residual, change, scale = kernels.residual_norm(one, other, other)
-    found = [residual[-1].item(), change.item() / (size - 1), scale.item() / (size - 1)]
-    del residual
-    found.append(kernels.apply_residual([one], [other])[0][-1].item())
-    updated = kernels.taylor_update([one, other], other, torch.tensor(2.0, device=device))
-    found += [value[-1].item() for value in updated]
-    del updated
-    found.append(kernels.taylor_predict([one, other], torch.tensor(2.0, device=device))[-1].item())
-    wanted = [32.0, 1.0, 1.0, 96.0, 32.0, -16.0, 128.0]
-    if any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(found, wanted, strict=True)):
-        raise SystemExit(f"Beyond 2^31 elements: found {found}, wanted {wanted}.")
-    return {"part": "kernels", "kernel": "beyond 2^31 elements", "worst_relative_error": 0.0}
-
-
-def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error; a NaN is one."""
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12)).item()
 
 
 def refuse_wrong(what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -402,7 +344,7 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
 def rows(part: str, bench: Bench) -> Iterator[dict[str, Any]]:
     """The rows of a part."""
     if part == "kernels":
-        yield from correct(bench)
+        yield from correct(bench.device, bench.tiny)
         shapes, batches = (["tiny"], [1]) if bench.tiny else (["flux", "wan", "hunyuan"], [1, 2])
         for row in kernel_bench.rows(shapes, batches, 2 if bench.tiny else 30, bench.device):
             yield {"part": "kernels", **row}
