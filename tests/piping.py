@@ -281,6 +281,12 @@ def _latte_heun(draw: zoo.Draw, batch: int) -> Built:
     return kind, {**components, "scheduler": diffusers.HeunDiscreteScheduler()}, given
 
 
+@maker
+def _latte_pndm(draw: zoo.Draw, batch: int) -> Built:
+    kind, components, given = _latte(draw, batch)
+    return kind, {**components, "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True)}, given
+
+
 def _pictures() -> nn.Module:
     """An image autoencoder with two latent channels, eight times smaller each way."""
     torch.manual_seed(3)

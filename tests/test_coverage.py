@@ -26,7 +26,7 @@ def test_nothing_is_lost(name):
 
 
 def test_the_saved_table_is_of_every_class_and_the_page_is_of_it():
-    assert set(SAVED["rows"]) >= set(zoo.NAMES)
+    assert SAVED["compiled"] and set(SAVED["rows"]) >= set(zoo.NAMES)
     assert (DOCS / "coverage.md").read_text(encoding="utf-8") == table.markdown(SAVED)
 
 

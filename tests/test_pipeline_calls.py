@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import cachekit as ck
 import cachekit.diffusers as ckd
+from cachekit.diffusers import zoo
 from cachekit.diffusers.schedules import Schedule
 
 POLICIES: dict[str, Callable[[], ck.Policy]] = {
@@ -478,3 +481,78 @@ def test_hooks_of_diffusers_own_caches(late):
         run = piping.image(made) if late else ckd.enable(made.pipe, ck.first_block_cache(0.1))
     if late:
         run.disable()
+
+
+# What is made of a pipeline meanwhile -----------------------------------------------------------------------------
+
+
+def pickled(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        copy.copy,
+        copy.deepcopy,
+        pickled,
+        lambda pipe: type(pipe)(**pipe.components),
+        lambda pipe: type(pipe).from_pipe(pipe),
+    ],
+    ids=["copy", "deepcopy", "pickle", "its class", "from_pipe"],
+)
+def test_a_copy_of_a_pipeline_is_not_cached_and_runs_its_own_transformer(make):
+    made, another = piping.piped("wan"), zoo.specimen("Wan", 5).model
+    plain = piping.image(piping.piped("wan", models={"transformer": another}))
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)) as run:
+        cached = piping.image(made)
+        other = made._replace(pipe=make(made.pipe))
+        other.pipe.transformer = another
+        assert torch.equal(piping.image(other), plain)
+        assert torch.equal(piping.image(made), cached)
+        before = run.summary()
+        with ckd.cached(other.pipe, ck.step_mask([1, 0] * 4)) as second:
+            piping.image(other)
+        assert run.summary() == before
+        assert [sum(stream.computed) for stream in second.summary().streams.values()] == [4, 4]
+    assert torch.equal(piping.image(other), plain)
+    assert type(made.pipe) is type(other.pipe) is diffusers.WanPipeline
+
+
+def test_a_transformer_is_copied_and_pickled_during_a_call():
+    made, seen = piping.piped("wan"), []
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.extend((pickled(pipe.transformer), copy.deepcopy(pipe.transformer)))
+        return given
+
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)):
+        piping.image(made, callback_on_step_end=callback, num_inference_steps=2)
+    real = made.pipe.transformer
+    for each in seen:
+        assert type(each) is type(real)
+        assert all(torch.equal(a, b) for a, b in zip(each.parameters(), real.parameters(), strict=True))
+
+
+def test_a_transformer_that_is_left_alone_may_be_group_offloaded():
+    made = piping.piped("wan_two")
+    made.pipe.transformer_2.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ck.StructureError, match="group-offloaded"):
+        ckd.enable(made.pipe, ck.step_mask([1, 0] * 4))
+    with ckd.cached(made.pipe, {"transformer": ck.step_mask([1, 0] * 4)}) as run:
+        piping.image(made)
+    assert run.summary().streams["transformer_2/cond"].policy == "not cached"
+
+
+def test_a_scheduler_that_repeats_a_timestep_without_a_word_goes_on():
+    made = piping.piped("latte_pndm")
+    with ckd.cached(made.pipe, ck.step_mask([1, 0, 0] * 3)) as run:
+        piping.image(made)
+    times = made.pipe.scheduler.timesteps
+    assert len(times) == piping.STEPS + 1 and times[1] == times[2]
+    (stream,) = run.summary().streams.values()
+    assert stream.computed == (True, False, False) * 3
+    with ckd.cached(made.pipe, ck.mag_calibration()) as run:
+        piping.image(made)
+    (state,) = run.states.values()
+    assert ck.MagRatios.from_state(state).steps == len(times)

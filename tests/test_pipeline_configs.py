@@ -23,7 +23,8 @@ import cachekit as ck
 import cachekit.diffusers as ckd
 
 STEPS = 12
-SHARE = 0.4
+SHARE, WILD = 0.4, 40.0
+"""A weight as people use it, and one whose effect on a tiny model is far above the tolerance."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")  # what FasterCache's hooks call
 
@@ -96,11 +97,21 @@ FIELDS: dict[str, tuple[str, Callable[[], Any]]] = {
             high_frequency_weight_update_timestep_range=(100, 501),
         ),
     ),
+    "no attention": ("cogvideox", lambda: faster(tensor_format="BFCHW", spatial_attention_block_skip_range=None)),
+    "temporal alone": (
+        "latte",
+        lambda: faster(
+            tensor_format="BCFHW",
+            spatial_attention_block_skip_range=None,
+            temporal_attention_block_skip_range=2,
+            temporal_attention_timestep_skip_range=(-1, 801),
+        ),
+    ),
     "faster, callbacks": (
         "cogvideox",
         lambda: faster(
             tensor_format="BFCHW",
-            attention_weight_callback=lambda module: SHARE,
+            attention_weight_callback=lambda module: WILD,
             low_frequency_weight_callback=lambda module: 1.2,
             high_frequency_weight_callback=lambda module: 0.9,
         ),
@@ -114,6 +125,16 @@ def test_every_field_is_that_of_the_hooks(case):
     ours, run = piping.cached(name, make(), num_inference_steps=STEPS)
     assert piping.gap(ours, piping.hooked(name, make(), num_inference_steps=STEPS)) <= 2e-5
     assert all(len(set(stream.computed)) == 2 for stream in run.summary().streams.values())
+
+
+def test_a_range_with_nothing_in_it_leaves_nothing_out():
+    config = pyramid(spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(800, 100))
+    ours, run = piping.cached("cogvideox", config, num_inference_steps=STEPS)
+    plain = piping.image(piping.piped("cogvideox", num_inference_steps=STEPS))
+    assert torch.equal(ours, plain) and torch.equal(
+        piping.hooked("cogvideox", config, num_inference_steps=STEPS), plain
+    )
+    assert all(all(stream.computed) for stream in run.summary().streams.values())
 
 
 def test_a_config_is_not_changed_and_may_have_been_used_by_hooks():
@@ -162,11 +183,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ck.ArgumentError,
         "`spatial_attention_block_identifiers` and `temporal_attention_block_identifiers`",
     ),
-    "no interval": (
-        lambda: faster(spatial_attention_block_skip_range=None),
-        ck.ArgumentError,
-        "`spatial_attention_block_skip_range` is None",
-    ),
     "format": (lambda: faster(tensor_format="BSC"), ck.ArgumentError, "`layout` must be one of .* got 'BSC'"),
     "threshold": (lambda: FirstBlockCacheConfig(threshold=-1), ck.ArgumentError, "threshold"),
 }
@@ -185,6 +201,24 @@ class Clock:
 
 
 NOW = {"t": 3}
+CALLS = 0.0
+
+
+def count(module: Any) -> float:
+    global CALLS
+    CALLS += 0.1
+    return CALLS
+
+
+def counting() -> Callable[[Any], float]:
+    calls = 0.0
+
+    def more(module: Any) -> float:
+        nonlocal calls
+        calls += 0.1
+        return calls
+
+    return more
 
 
 @pytest.mark.parametrize("name", ["attention", "low_frequency", "high_frequency"])
@@ -196,6 +230,9 @@ NOW = {"t": 3}
         lambda module: "much",  # no number
         lambda module: True,
         Clock(),  # on what it holds, perhaps
+        count,  # on how often it was called
+        counting(),
+        lambda module, seen=[0.3]: seen[0],
     ],
 )
 def test_a_callback_that_is_no_constant_is_refused(name, callback):

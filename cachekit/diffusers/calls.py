@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ class Call:
         self._schedule = Schedule(pipe)
         self._named: list[str] = []
         self._counts: dict[tuple[str, str], tuple[int | None, int]] = {}
+        self._calls: dict[tuple[str, str], int] = {}  # of the first step
 
     def end(self) -> None:
         """Free what is remembered; what was logged stays, and what was recorded."""
@@ -97,18 +99,32 @@ class Call:
         return lambda *args, **kwargs: self._run(component, args, kwargs)
 
     def _run(self, component: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        index = self._schedule.look(timestep_of(args, kwargs))
         context = self._named[-1] if self._named else UNNAMED
-        # Without names, or with one name for several calls, the calls of a step are told apart by their order.
-        before, count = self._counts.get((component, context), (None, 0))
-        count = count + 1 if index is not None and index == before else 1
-        self._counts[component, context] = index, count
+        index, count = self._place(component, context, self._schedule.look(timestep_of(args, kwargs)))
         name = context if count == 1 else f"{context} {count}"
         started = time.perf_counter()
         stream, out, computed = self._answer(component, context, name, index, args, kwargs)
         stream.seconds += time.perf_counter() - started
         stream.computed.append(computed)
         return out
+
+    def _place(self, component: str, context: str, index: int | None) -> tuple[int | None, int]:
+        """The step that a call belongs to, and which of its calls it is.
+
+        Without names, or with one name for several calls, calls of a step are told apart by their order. A scheduler
+        may repeat a timestep without saying that it has gone on: then it has, once there were as many calls as before.
+        """
+        before, count = self._counts.get((component, context), (None, 0))
+        if index is None or before is None or not self._schedule.alike(index, before):
+            if before is not None:
+                self._calls.setdefault((component, context), count)
+            count = 1
+        elif self._schedule.repeats(before) and count >= self._calls.get((component, context), math.inf):
+            index, count = before + 1, 1
+        else:
+            index, count = before, count + 1
+        self._counts[component, context] = index, count
+        return index, count
 
     def _answer(self, component: str, context: str, name: str, index: int | None, args: tuple, kwargs: dict[str, Any]):
         """The stream a call belongs to, what the model returns, and whether it was computed."""

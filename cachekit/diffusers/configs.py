@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import dis
 import math
 import types
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def from_config(config: Any) -> Policy:
     """The policy that one of diffusers' cache configs stands for, with the semantics of diffusers' hooks.
 
     `current_timestep_callback` is not asked: the timesteps of a trajectory are known. `num_inference_steps` neither:
-    the ratios of `MagCacheConfig` are stretched to the number of steps that a call has. A `FasterCacheConfig` with
+    the ratios of `MagCacheConfig` are stretched to the number of steps that a call has. A callback is called once: a
+    number that it reads from around it counts as it is now. A `FasterCacheConfig` with
     guidance becomes `cfg="batched"`; in `cached` and `enable` the way the pipeline calls its transformer decides.
 
     Args:
@@ -125,9 +127,12 @@ def _pyramid(config: PyramidAttentionBroadcastConfig) -> Policy:
     if all(every is None for every in intervals.values()):
         intervals["spatial"] = 2  # as the hooks have it
     used = [kind for kind, every in intervals.items() if every is not None]
+    ranges = {kind: getattr(config, f"{kind}_attention_timestep_skip_range") for kind in KINDS}
+    # In a range with nothing in it nothing is left out.
+    intervals = {kind: every if every is None or _some(ranges[kind]) else 1 for kind, every in intervals.items()}
     policy = pyramid_attention_broadcast(
         **intervals,
-        **{f"{kind}_range": getattr(config, f"{kind}_attention_timestep_skip_range") for kind in KINDS},
+        **{f"{kind}_range": given if _some(given) else EVERYWHERE for kind, given in ranges.items()},
         semantics="diffusers",
     )
     fields = [f"{kind}_attention_block_identifiers" for kind in used]
@@ -146,12 +151,11 @@ def _pyramid(config: PyramidAttentionBroadcastConfig) -> Policy:
 
 
 def _faster(config: FasterCacheConfig) -> Policy:
-    if config.spatial_attention_block_skip_range is None:
-        raise ArgumentError("`spatial_attention_block_skip_range` is None. Give it an interval; 1 leaves nothing out.")
+    spatially = config.spatial_attention_block_skip_range or 1  # None leaves nothing out
     low, alpha_low = _weight(config, "low")
     high, alpha_high = _weight(config, "high")
     policy = faster_cache(
-        config.spatial_attention_block_skip_range,
+        spatially,
         attention_range=config.spatial_attention_timestep_skip_range,
         weight=0.5 if _unset(config.attention_weight_callback) else _constant(config, "attention_weight_callback"),
         uncond=config.unconditional_batch_skip_range,
@@ -176,11 +180,15 @@ def _faster(config: FasterCacheConfig) -> Policy:
                 "has an interval too. Leave them as they are: kinds of attention are found by what they do."
             )
         temporal = broadcast("temporal", every, config.temporal_attention_timestep_skip_range)
-        given = {"spatial": broadcast("attention", config.spatial_attention_block_skip_range, _spatial_range(config))}
+        given = {"spatial": broadcast("attention", spatially, _spatial_range(config))}
         return dataclasses.replace(policy, decider={**given, "temporal": temporal}, sites="attention")
     if tuple(getattr(config, spatial)) != tuple(_default(config, spatial)):
         return dataclasses.replace(policy, sites=_searched(getattr(config, spatial)))
     return policy
+
+
+def _some(given: tuple[float, float]) -> bool:
+    return given[0] < given[1]
 
 
 def _spatial_range(config: FasterCacheConfig) -> tuple[float, float]:
@@ -216,7 +224,13 @@ def _constant(config: Any, name: str) -> float:
 
 
 def _fixed(function: types.FunctionType) -> bool:
-    """Whether a function reads nothing but numbers from around it."""
+    """Whether a function reads nothing but numbers from around it, and changes none of them."""
+    kept = {"STORE_GLOBAL", "STORE_DEREF", "DELETE_GLOBAL", "DELETE_DEREF"}
+    if any(step.opname in kept for step in dis.get_instructions(function)):
+        return False
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if not all(value is None or isinstance(value, (Real, str)) for value in defaults):
+        return False
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     held = [cell.cell_contents for cell in cells.values()]
     for name in function.__code__.co_names:

@@ -130,6 +130,10 @@ class Run:
             self._separate |= call.separate
             call.end()
 
+    def owns(self, pipe: Any) -> bool:
+        """Whether it is this pipeline, and not one that was made of its class meanwhile."""
+        return pipe is self._pipe
+
     def given(self, name: str) -> nn.Module | None:
         """What stands in for a transformer in this thread now; None outside a call."""
         calls: list[Call] = self._here.__dict__.get("calls", [])
@@ -144,6 +148,10 @@ class Run:
     def _check(self, models: dict[str, nn.Module]) -> None:
         """Refuse early what would fail in the midst of an image."""
         for name, model in models.items():
+            if not any(
+                key.partition("/")[0] == name or not ("/" in key or key in self._names) for key in self._policies
+            ):
+                continue  # it is left alone
             refuse(model)
             refuse_hooks(name, model)
             for key, policy in self._policies.items():
@@ -215,7 +223,11 @@ def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
         raise ArgumentTypeError(
             f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}. A transformer alone: cachekit.cache."
         )
-    if hasattr(type(pipe), MARK):
+    there: Run | None = getattr(type(pipe), MARK, None)
+    if there is not None and not there.owns(pipe):
+        pipe.__class__ = there._class  # made of the class of a pipeline that has caching enabled
+        there = None
+    if there is not None:
         raise ArgumentError(
             f"`pipe` has caching enabled already, a {type(pipe).__name__}. Call disable() on that run first."
         )
@@ -300,9 +312,7 @@ def _policy(name: str, value: Any) -> Policy:
 def _transformers(pipe: DiffusionPipeline) -> tuple[str, ...]:
     """Names of the components that are transformers."""
     names = tuple(
-        name
-        for name, component in vars(pipe).items()
-        if name.startswith("transformer") and isinstance(component, nn.Module)
+        name for name, component in vars(pipe).items() if "transformer" in name and isinstance(component, nn.Module)
     )
     if not names:
         parts = ", ".join(name for name, component in pipe.components.items() if isinstance(component, nn.Module))

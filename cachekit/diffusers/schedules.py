@@ -40,6 +40,14 @@ class Schedule:
         current = getattr(self._pipe, "current_timestep", None)
         return self._search(timestep if current is None else current)
 
+    def alike(self, index: int, before: int) -> bool:
+        """Whether a call found at `index` may belong to the step `before`."""
+        return index == before or (index < before and self.times[index] == self.times[before])
+
+    def repeats(self, index: int) -> bool:
+        """Whether the next timestep is the same one again."""
+        return index + 1 < len(self.times) and self.times[index + 1] == self.times[index]
+
     def ahead(self, index: int, component: str) -> tuple[float, ...]:
         """The timesteps from this place on, as far as they are this transformer's."""
         ahead = self.times[index:]

@@ -8,6 +8,7 @@ differs.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -20,6 +21,10 @@ MARK = "_cachekit_run"
 
 class Scope(Protocol):
     """What the classes made here ask."""
+
+    def owns(self, pipe: Any) -> bool:
+        """Whether it is enabled on this pipeline, and not on one that was made of its class meanwhile."""
+        ...
 
     def opened(self) -> AbstractContextManager[None]:
         """A call of the pipeline."""
@@ -40,7 +45,7 @@ class _Slot:
     def __get__(self, pipe: Any, owner: type | None = None) -> Any:
         if pipe is None:
             return self
-        given = self._scope.given(self._name)
+        given = self._scope.given(self._name) if self._scope.owns(pipe) else None
         return pipe.__dict__[self._name] if given is None else given
 
     def __set__(self, pipe: Any, value: Any) -> None:
@@ -55,8 +60,16 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
 
     @functools.wraps(base.__call__)
     def call(self, *args, **kwargs):
+        if not scope.owns(self):
+            return base.__call__(self, *args, **kwargs)
         with scope.opened():
             return base.__call__(self, *args, **kwargs)
+
+    def reduce(self, protocol):
+        # A copy, and what is read from a file, is a pipeline of the class that it had.
+        made = object.__new__(base)
+        made.__dict__.update(self.__dict__)
+        return reduced(made, protocol)
 
     def components(self) -> dict[str, Any]:
         # Offloading hangs hooks on what it finds here: on the real ones.
@@ -64,7 +77,7 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
         return {name: self.__dict__[name] if name in names else value for name, value in found.items()}
 
     members = {name: _Slot(scope, name) for name in names}
-    made = {"__call__": call, "components": property(components), MARK: scope, **members}
+    made = {"__call__": call, "__reduce_ex__": reduce, "components": property(components), MARK: scope, **members}
     about = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (base,), {**about, **made})
 
@@ -85,8 +98,21 @@ def stand_in(
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
+        "__reduce_ex__": lambda self, protocol: reduced(model, protocol),
         "cache_context": lambda self, name, **kwargs: context(name),
     }
     made = object.__new__(type(base.__name__, (base,), members))
     object.__setattr__(made, "__dict__", model.__dict__)
     return made  # type: ignore[return-value]
+
+
+def reduced(value: Any, protocol: Any) -> tuple:
+    """How to make a copy of a value, for something else to hand out as how to copy itself."""
+    make, given, *rest = value.__reduce_ex__(protocol)
+    # Pickle refuses its own way of making an object where the class is not that of what it was asked to copy.
+    return (blank, given, *rest) if make is copyreg.__newobj__ else (make, given, *rest)  # type: ignore[attr-defined]
+
+
+def blank(cls: type, *given: Any) -> Any:
+    """An object without its attributes."""
+    return cls.__new__(cls, *given)
