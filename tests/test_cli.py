@@ -134,11 +134,34 @@ def test_ratios_are_those_of_the_file(tmp_path):
         (["FluxTransformer2DModel", "--dtype", "int8"], "'int8' is none of float32"),
         (["."], "holds neither model_index.json nor config.json"),
         (["FluxTransformer2DModel", "--steps", "1"], "--steps"),
+        (["Flux", "--tiny", "--method", "mag_cache", "--set", "ratios=3"], "--ratios FILE"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said in call("explain", *arguments, code=2)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_here(device):
+    assert "--device" in call("bench", "Flux", "--tiny", "--device", device, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--against", "bad.json"], "--against"),
+        (["--against", "other.json"], "--against"),
+        (["--save", "nowhere/c.json"], "--save"),
+        (["--markdown", "nowhere/c.md"], "--markdown"),
+    ],
+)
+def test_coverage_looks_at_its_files_before_it_runs(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    monkeypatch.setattr("cachekit.coverage.table.cover_all", None)
+    assert said in call("coverage", "PixArtTransformer2DModel", *arguments, code=2)
 
 
 def test_a_file_that_is_no_configuration(tmp_path):

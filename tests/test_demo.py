@@ -251,14 +251,14 @@ def test_every_file_is_there(output):
     count = len(output.rows)
     pngs = sorted(str(path.relative_to(output.folder)) for path in output.folder.rglob("*.png"))
     numbered = [f"{kind}/{n:02d}.png" for kind in ("differences", "samples") for n in range(count)]
-    assert pngs == sorted(["pattern.png", "speed.png", *numbered])
+    assert pngs == sorted(["front.png", "pattern.png", "speed.png", *numbered])
     for png in pngs:
         assert imread(output.folder / png).size > 0
-    assert ck.MagRatios.load(output.folder / "mag_ratios.json").steps == 20
+    assert len(ck.Trace.load(output.folder / "digits.trace.safetensors")) == 20
 
 
 def test_rows_are_what_was_planned(output):
-    planned = settings(20, ck.MagRatios.load(output.folder / "mag_ratios.json"), short=True)
+    planned = settings(20, ck.Trace.load(output.folder / "digits.trace.safetensors"), short=True)
     assert [entry["label"] for entry in output.rows] == [setting.label for setting in planned]
     assert {entry["group"] for entry in output.rows} == set(pictures.COLOURS)
     for entry, setting in zip(output.rows, planned, strict=True):
@@ -300,7 +300,7 @@ def test_results_say_how_they_came_about(output):
 
 def test_the_report_stands_alone_and_holds_every_row(output):
     sources = re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^">)]{0,22})', output.report)
-    assert sources == ["data:image/png;base64,"] * (2 + 2 * len(output.rows))
+    assert sources == ["data:image/png;base64,"] * (3 + 2 * len(output.rows))
     assert "http" not in re.sub(r"base64,[^\"]*", "", output.report)
     text = re.sub(r"<[^>]*>", "", output.report)
     for entry in output.rows:
@@ -318,3 +318,5 @@ def test_options(capsys):
     with pytest.raises(SystemExit):
         arguments(["--steps", "3"])
     assert "--steps must be at least 10, got 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--out /proc/x cannot be made"):
+        main(["--out", "/proc/x"])

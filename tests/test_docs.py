@@ -53,8 +53,12 @@ def tiny(kind: type[Any], name: str, **models: Any) -> Any:
 
     def call(self: Any, prompt: Any = None, negative_prompt: Any = None, **more: Any) -> Any:
         assert prompt is None or isinstance(prompt, str)
-        chosen = {**given, "generator": torch.Generator().manual_seed(0), **more}
-        return kind.__call__(self, **chosen)
+        out = kind.__call__(self, **{**given, **more})
+        if "output_type" not in more:  # it would be pictures, of which nobody can say torch.equal
+            for field in ("images", "frames"):
+                if hasattr(out, field):
+                    setattr(out, field, getattr(out, field).numpy() if field == "frames" else list(getattr(out, field)))
+        return out
 
     made.pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
     return made.pipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,9 @@ def coverage(
     unknown = [name for name in method or () if name not in table.METHODS]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(table.METHODS)}", param_hint="--method")
+    options.writable("--save", save)
+    options.writable("--markdown", markdown)
+    before = _read(against) if against is not None else None
     findings = table.cover_all(names, tuple(method or table.METHODS), compiled=compiled, jobs=jobs)
     record = table.record(findings, compiled=compiled)
     if save is not None:
@@ -58,8 +61,20 @@ def coverage(
         typer.echo(json.dumps(record, indent=1))
     else:
         table.show(record, options.console())
-    lost = table.lost(json.loads(against.read_text(encoding="utf-8")), record) if against is not None else []
+    lost = table.lost(before, record) if before is not None else []
     for each in lost:
         typer.secho(f"Lost: {each}", fg="red", err=True)
     if lost or any(finding.verdict == "fails" for finding in findings):
         raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Findings that were saved."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in found["rows"].values() if row["class"] and row["methods"].values()]
+        if len(rows) != len(found["rows"]):
+            raise ValueError("a row is empty")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise typer.BadParameter(f"{path} holds no findings ({error!r})", param_hint="--against") from error

@@ -102,6 +102,8 @@ def refusals() -> Iterator[None]:
 def policies(methods: list[str] | None, settings: list[str] | None, ratios: Path | None) -> dict[str, ck.Policy]:
     """The policies asked for."""
     given = dict(setting(each) for each in settings or ())
+    if "ratios" in given:
+        raise typer.BadParameter("ratios are in a file: --ratios FILE", param_hint="--set")
     unused, made = set(given), {}
     for name in methods or METHODS:
         if name not in METHODS:
@@ -117,6 +119,21 @@ def policies(methods: list[str] | None, settings: list[str] | None, ratios: Path
     if unused:
         raise typer.BadParameter(f"no method asked for has {', '.join(sorted(unused))}", param_hint="--set")
     return made
+
+
+def usable(device: str) -> None:
+    """Refuse a device that is not here."""
+    try:
+        torch.empty(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{device!r} cannot be used here: {first}", param_hint="--device") from error
+
+
+def writable(hint: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written before anything has run for it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=hint)
 
 
 def setting(text: str) -> tuple[str, Any]:

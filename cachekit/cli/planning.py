@@ -70,6 +70,8 @@ def record(
     json_: options.Json = False,
 ) -> None:
     """Sample once without a cache, and write down all that replays and plans need: a file of some ten kilobytes."""
+    options.writable("--out", out)
+    options.writable("--picture", picture)
     with options.refusals(), _progress("record", steps) as tick:
         policy = ck.recording(site or ("output", "chain", "probe"), sketch=sketch)
         trace = sources.source(model, prompt, steps, seed, given, device, dtype, tick).record(policy)
@@ -102,6 +104,7 @@ def replay(
     for name in method or ():
         if name not in SWEEPS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(SWEEPS)}", param_hint="--method")
+    options.writable("--picture", picture)
     if at and len(method or ()) != 1:
         raise typer.BadParameter("settings are of one method: name it with --method", param_hint="--at")
     with options.refusals():
@@ -161,6 +164,8 @@ def plan(
     json_: options.Json = False,
 ) -> None:
     """The best steps to compute for a budget, found on the recording: of all plans the one with the least error."""
+    options.writable("--out", out)
+    options.writable("--picture", picture)
     with options.refusals():
         recorded = ck.Trace.load(trace)
         found = ck.plan(
@@ -195,6 +200,7 @@ def choose(
     json_: options.Json = False,
 ) -> None:
     """The plan with the fewest computed steps that keeps a quality, by a few real runs: some six for 50 steps."""
+    options.writable("--out", out)
     with options.refusals():
         recorded = ck.Trace.load(trace)
         runs = len(recorded).bit_length() + 1

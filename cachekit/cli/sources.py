@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cachekit as ck
 import cachekit.diffusers as ckd
-from cachekit.cli.options import setting
+from cachekit.cli.options import setting, usable
 from cachekit.demo.sample import Stream, sample, timesteps
 from cachekit.diffusers import digits
 
@@ -64,6 +64,7 @@ def source(
 ) -> Source:
     """What MODEL names. `tick` is called at every step."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    usable(place)
     if model == DIGITS:
         return Digits(prompts, steps, seed, place, tick)
     return Pipeline(model, prompts, steps, seed, dict(map(setting, given or ())), place, dtype, tick)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from cachekit.coverage.trial import METHODS, Finding, cover
 from cachekit.diffusers import zoo
 
+COMPILES = ", and `torch.compile(step, fullgraph=True)` makes one graph wherever it makes one of the uncached model"
 MARKS = {"works": "✓", "refused": "–", "fails": "✗"}
 OTHERS = {
     "Transformer2DModel": "a part of UNets",
@@ -162,8 +163,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"diffusers {versions['diffusers']}, torch {versions['torch']}, {checked}.",
         "",
         "A method works where its computed steps are the uncached model's to the bit, its skipped steps are finite and "
-        "other ones, and `torch.compile(step, fullgraph=True)` makes one graph wherever it makes one of the uncached "
-        "model. The last column is the half of FasterCache that leaves out the unconditional half of a batch.",
+        "other ones" + (COMPILES if record["compiled"] else "") + ". The last column is the half of FasterCache that "
+        "leaves out the unconditional half of a batch.",
         "",
         f"| class | {' | '.join(methods)} |",
         f"|---|{':-:|' * len(methods)}",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -29,7 +30,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
     """Run everything and write the report."""
     args = arguments(argv, prog)
     torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out {args.out} cannot be made: {error.strerror}")
     started = time.perf_counter()
     labels = torch.arange(digits.CLASSES).repeat(args.digits_per_class)
     model = digits.load(args.weights)
