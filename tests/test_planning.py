@@ -360,6 +360,24 @@ def test_streams_decide_for_themselves_and_count_together():
     assert ck.replay(both, static).error * float(both.norm("chain", both.step_sizes)) == pytest.approx(expected)
 
 
+def test_streams_weigh_as_guidance_does():
+    step = ck.cache(model_of("plain"), ck.recording("output"))
+    states = {"cond": run(step, 0)[1], "uncond": run(step, 1)[1]}
+    guided = ck.Trace.from_state(states, notes={"guidance": 3.0})
+    assert guided.weights == {"cond": 3.0, "uncond": -2.0}
+    parts = {name: ck.Trace.from_state(state).gram("output") for name, state in states.items()}
+    torch.testing.assert_close(guided.gram("output"), 9 * parts["cond"] + 4 * parts["uncond"])
+    given = ck.Trace.from_state(states, notes={"guidance": 3.0}, weights={"uncond": 0.0})
+    policy = ck.step_mask([step % 3 == 0 for step in range(STEPS)], sites="output")
+    assert ck.replay(given, policy).error == pytest.approx(ck.replay(ck.Trace.from_state(states["cond"]), policy).error)
+    assert ck.replay(guided, policy).error != pytest.approx(ck.replay(given, policy).error, rel=1e-4)
+    for other in ({"notes": {"guidance": "strong"}}, {}):
+        assert ck.Trace.from_state(states, **other).weights == {}
+    assert ck.Trace.from_state(states["cond"], notes={"guidance": 3.0}).weights == {}
+    with pytest.raises(ArgumentError, match="`weights` names 'c'"):
+        ck.Trace.from_state(states, weights={"c": 1.0})
+
+
 def test_what_a_trace_does_not_hold_is_refused(recorded):
     trace, bare = recorded["plain"], ck.Trace.of(smooth(0, STEPS), STEPS)
     for policy in (ck.taylorseer(3), ck.pyramid_attention_broadcast(2), ck.faster_cache()):
@@ -680,10 +698,12 @@ def test_a_polynomial_is_found_again():
 def test_a_trace_is_saved_whole(recorded, tmp_path):
     step = ck.cache(model_of("two"), ck.recording())
     states = {"transformer/cond": run(step, 0)[1], "transformer/uncond": run(step, 1)[1]}
-    trace = ck.Trace.from_state(states, notes={"model": "tiny", "guidance": 2.0})
+    factors = {"transformer/cond": 1.5}
+    trace = ck.Trace.from_state(states, notes={"model": "tiny", "guidance": 2.0}, weights=factors)
     trace.save(tmp_path / "two.trace.safetensors")
     again = ck.Trace.load(tmp_path / "two.trace.safetensors")
     assert again.notes == {"model": "tiny", "guidance": "2.0"}
+    assert again.weights == trace.weights
     assert list(again.streams) == list(trace.streams) and again.sites == trace.sites
     for name, sites in trace.streams.items():
         for site, each in sites.items():

@@ -34,6 +34,8 @@ def test_a_pipeline_is_recorded_and_its_plan_runs(name, streams):
     assert len(trace) == STEPS and trace.sites == ("output", "chain", "probe", "rest")
     assert list(trace.streams) == streams
     assert trace.notes["model"] == type(made.pipe).__name__
+    scale = made.pipe.guidance_scale
+    assert trace.weights == ({"cond": scale, "uncond": 1 - scale} if name == "wan" else {})
     plan = ck.plan(trace, computed=4)
     with ckd.cached(made.pipe, ck.planned(plan)) as run:
         changed = image(made)

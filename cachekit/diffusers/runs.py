@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,7 +111,9 @@ class Run:
         call = self._last
         used = call.used_with if call is not None else {}
         notes = {"model": self._class.__name__, **{name: value for name, value in used.items() if value is not None}}
-        return Trace.from_state(states, notes=notes)
+        # Where guidance with two streams has a name of its own, the scale that is known is another one.
+        other = "true_cfg_scale" in inspect.signature(self._class.__call__).parameters
+        return Trace.from_state(states, notes=notes, weights={} if other else None)
 
     # What the classes in standins.py ask ----------------------------------------------------------------------
 

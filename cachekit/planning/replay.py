@@ -172,7 +172,7 @@ def errors_of(
     for stream, nodes in computed.items():
         if nodes not in known:
             known[nodes] = deviations(steps, nodes, forecaster)
-        off, gram = known[nodes], trace.streams[stream][site].gram
+        off, gram = known[nodes], trace.share(stream) * trace.streams[stream][site].gram
         square += ((off @ gram) * off).sum(-1).clamp(min=0)
         starts = torch.zeros(steps, dtype=torch.long)
         starts[list(nodes)] = 1

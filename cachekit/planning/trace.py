@@ -50,9 +50,10 @@ class Trace:
         timesteps: [T] float64, as given to `init`; NaN where only their number is known.
         step_sizes: [T] float64, how far the sampler goes with the value of each step.
         notes: what it was recorded from, for people: model, scheduler, guidance.
+        weights: stream -> the factor with which the sampler takes its values; 1 where none is given.
 
     Raises:
-        ArgumentError: the matrices do not fit together.
+        ArgumentError: the matrices do not fit together, or `weights` names no stream.
 
     Example:
         >>> import torch, cachekit as ck
@@ -66,6 +67,7 @@ class Trace:
     timesteps: Tensor
     step_sizes: Tensor
     notes: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -75,6 +77,8 @@ class Trace:
             )
         if not self.streams:
             raise ArgumentError("`streams` is empty. A trace is of at least one stream.")
+        if strange := [name for name in self.weights if name not in self.streams]:
+            raise ArgumentError(f"`weights` names {strange[0]!r}, the streams are {list(self.streams)}.")
         for stream, sites in self.streams.items():
             for site, recorded in sites.items():
                 if tuple(recorded.gram.shape) != (steps, steps):
@@ -100,20 +104,24 @@ class Trace:
         *,
         step_sizes: Sequence[float] | Tensor | None = None,
         notes: Mapping[str, Any] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> Trace:
         """What a run under `recording` has written down.
 
         Args:
             state: after the last step; or the states of several streams by name, {"cond": ..., "uncond": ...}, whose
-                errors then count together.
+                errors then add up by their squares, each times its weight.
             step_sizes: [T], how far the sampler goes with each step: for Euler steps of flow matching the differences
                 of sigma. None takes those of the timesteps, down to 0, which is the same up to a factor; or 1
                 throughout where they are not known.
             notes: for people, and for `cachekit.planned` to compare: model, scheduler, guidance.
+            weights: with which factor the sampler takes the values of a stream. None for those of classifier-free
+                guidance, `g` for "cond" and `1 - g` for "uncond", where these are the streams and `notes` have the
+                guidance g; else 1.
 
         Raises:
             StateError: a trajectory is not finished, or was not run under `recording`; or they are not alike.
-            ArgumentError: `step_sizes` is of another length.
+            ArgumentError: `step_sizes` is of another length, or `weights` names no stream.
         """
         states = {ONLY: state} if isinstance(state, State) else dict(state)
         streams, times = {}, None
@@ -129,7 +137,9 @@ class Trace:
             streams[name] = _recorded(each)
         if times is None:
             raise ArgumentError("`state` is an empty mapping. Give the state of at least one stream.")
-        return cls(streams, times.clone(), _sizes(times, step_sizes), _texts(notes))
+        texts = _texts(notes)
+        factors = _guided(streams, texts) if weights is None else {name: float(each) for name, each in weights.items()}
+        return cls(streams, times.clone(), _sizes(times, step_sizes), texts, factors)
 
     @classmethod
     def of(
@@ -158,7 +168,14 @@ class Trace:
 
     @functools.cached_property
     def _grams(self) -> dict[str, Tensor]:
-        return {site: sum_of([sites[site].gram for sites in self.streams.values()]) for site in self.sites}
+        return {
+            site: sum_of([self.share(name) * sites[site].gram for name, sites in self.streams.items()])
+            for site in self.sites
+        }
+
+    def share(self, stream: str) -> float:
+        """How much the square of an error of a stream counts."""
+        return self.weights.get(stream, 1.0) ** 2
 
     def norm(self, site: str, coefficients: Tensor) -> Tensor:
         """The norms of combinations of the values of a site: coefficients [..., T] float64 -> [...]."""
@@ -247,7 +264,7 @@ class Trace:
             for name, sites in self.streams.items()
         }
         notes = {**self.notes, "resampled": f"from {len(self)} steps"}
-        return Trace(streams, times, _sizes(times, step_sizes), notes)
+        return Trace(streams, times, _sizes(times, step_sizes), notes, self.weights)
 
     def _known(self, site: str) -> str:
         if site not in self.sites:
@@ -267,7 +284,7 @@ class Trace:
         for n, sites in enumerate(self.streams.values()):
             for site, recorded in sites.items():
                 tensors.update({f"{n}/{site}/{name}": each for name, each in recorded._asdict().items()})
-        about = {"version": FORMAT, "streams": list(self.streams), "notes": {**self.notes}}
+        about = {"version": FORMAT, "streams": list(self.streams), "notes": {**self.notes}, "weights": {**self.weights}}
         save_file({name: each.contiguous() for name, each in tensors.items()}, path, {"cachekit": json.dumps(about)})
 
     @classmethod
@@ -291,7 +308,8 @@ class Trace:
                     site = rest.removesuffix("/gram")
                     fields = {each: tensors[f"{n}/{site}/{each}"] for each in Recorded._fields}
                     streams[names[int(n)]][site] = Recorded(**fields)
-            made = cls(streams, tensors["timesteps"], tensors["step_sizes"], _texts(about["notes"]))
+            weights = {str(name): float(each) for name, each in about["weights"].items()}
+            made = cls(streams, tensors["timesteps"], tensors["step_sizes"], _texts(about["notes"]), weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ArgumentError(f"`path` {str(path)!r} holds no trace ({error!r}). Save it again.") from error
         if version is True or version != FORMAT:
@@ -367,6 +385,15 @@ def _sizes(times: Tensor, given: Sequence[float] | Tensor | None) -> Tensor:
     if bool(times.isnan().any()):
         return torch.ones(len(times), dtype=torch.float64)
     return torch.cat((times, times.new_zeros(1))).diff().neg()
+
+
+def _guided(streams: Mapping[str, Any], notes: Mapping[str, str]) -> dict[str, float]:
+    """The factors of classifier-free guidance."""
+    try:
+        guidance = float(notes["guidance"])
+    except (KeyError, ValueError):
+        return {}
+    return {"cond": guidance, "uncond": 1 - guidance} if set(streams) == {"cond", "uncond"} else {}
 
 
 def _texts(notes: Mapping[str, Any] | None) -> dict[str, str]:
