@@ -123,16 +123,18 @@ def _taylorseer(config: TaylorSeerCacheConfig) -> Policy:
 
 
 def _pyramid(config: PyramidAttentionBroadcastConfig) -> Policy:
-    intervals = {kind: getattr(config, f"{kind}_attention_block_skip_range") for kind in KINDS}
-    if all(every is None for every in intervals.values()):
-        intervals["spatial"] = 2  # as the hooks have it
-    used = [kind for kind, every in intervals.items() if every is not None]
-    ranges = {kind: getattr(config, f"{kind}_attention_timestep_skip_range") for kind in KINDS}
+    given: dict[str, Any] = {kind: getattr(config, f"{kind}_attention_block_skip_range") for kind in KINDS}
+    if all(every is None for every in given.values()):
+        given["spatial"] = 2  # as the hooks have it
+    used = [kind for kind, every in given.items() if every is not None]
+    ranges: dict[str, Any] = {kind: getattr(config, f"{kind}_attention_timestep_skip_range") for kind in KINDS}
     # In a range with nothing in it nothing is left out.
-    intervals = {kind: every if every is None or _some(ranges[kind]) else 1 for kind, every in intervals.items()}
+    intervals: dict[str, Any] = {
+        kind: every if every is None or _some(ranges[kind]) else 1 for kind, every in given.items()
+    }
     policy = pyramid_attention_broadcast(
         **intervals,
-        **{f"{kind}_range": given if _some(given) else EVERYWHERE for kind, given in ranges.items()},
+        **{f"{kind}_range": each if _some(each) else EVERYWHERE for kind, each in ranges.items()},
         semantics="diffusers",
     )
     fields = [f"{kind}_attention_block_identifiers" for kind in used]
