@@ -132,11 +132,8 @@ def _pyramid(config: PyramidAttentionBroadcastConfig) -> Policy:
     intervals: dict[str, Any] = {
         kind: every if every is None or _some(ranges[kind]) else 1 for kind, every in given.items()
     }
-    policy = pyramid_attention_broadcast(
-        **intervals,
-        **{f"{kind}_range": each if _some(each) else EVERYWHERE for kind, each in ranges.items()},
-        semantics="diffusers",
-    )
+    where: dict[str, Any] = {f"{kind}_range": each if _some(each) else EVERYWHERE for kind, each in ranges.items()}
+    policy = pyramid_attention_broadcast(**intervals, **where, semantics="diffusers")
     fields = [f"{kind}_attention_block_identifiers" for kind in used]
     changed = [name for name in fields if tuple(getattr(config, name)) != tuple(_default(config, name))]
     if not changed:
