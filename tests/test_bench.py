@@ -36,10 +36,14 @@ def row(method, ratio):
         ([row("a", 1.0)], 1, "gone"),
         ([row("a", 1.0), {k: v for k, v in row("b", 0.1).items() if k != "ratio"}], 1, "no figure"),
         ([row("a", 1.0), row("b", 0.1), row("c", 9.0)], 0, "new"),
+        ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.9, "peak_bytes": 100}], 0, "0.900"),
+        ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.5, "peak_bytes": 100}], 1, "WORSE"),
+        ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.99, "peak_bytes": 150}], 1, "WORSE"),
     ],
 )
 def test_compare_fails_where_a_row_is_worse_or_gone(tmp_path, after, code, word):
-    before = record(tmp_path, "before.json", [row("a", 1.0), row("b", 0.1)])
+    known = {"efficiency": 1.0, "peak_bytes": 100} if any("efficiency" in each for each in after) else {}
+    before = record(tmp_path, "before.json", [row("a", 1.0), {**row("b", 0.1), **known}])
     done = script(BENCH / "compare.py", before, record(tmp_path, "after.json", after))
     assert done.returncode == code, done.stderr
     assert word in done.stdout

@@ -212,6 +212,33 @@ def test_every_way_to_run_records_the_same(flow, way, donate, recorded):
     torch.testing.assert_close(trace.streams[""]["probe"].distances, recorded[flow].streams[""]["probe"].distances)
 
 
+class Named(torch.nn.Module):
+    """Its blocks have the name of a site."""
+
+    def __init__(self):
+        super().__init__()
+        self.output_blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        """Twice what the blocks make of it."""
+        for block in self.output_blocks:
+            x = x + block(x)
+        return 2.0 * x
+
+
+def test_blocks_may_be_called_output():
+    model, x = Named(), torch.randn(1, 4, 8)
+    with torch.no_grad():
+        step = ck.cache(model, ck.recording(("output", "chain")))
+        state = step.init(2, x)
+        for _ in range(2):
+            out, state = step(state, x)
+    trace = ck.Trace.from_state(state)
+    assert trace.sites == ("output", "chain")
+    assert trace.gram("output")[0, 0] == pytest.approx(float(out.double().square().sum()), rel=1e-6)
+    assert trace.gram("chain")[0, 0] == pytest.approx(float((out / 2 - x).double().square().sum()), rel=1e-4)
+
+
 def test_a_second_trajectory_may_have_another_length():
     step = ck.cache(model_of("plain"), ck.recording())
     _, first = run(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.cli import options, sources
-from cachekit.planning.trace import finite
 
 RECORD = """\b
 Examples:
@@ -131,7 +131,7 @@ def replay(
             "policy": each.policy,
             "computed": {stream: list(nodes) for stream, nodes in each.computed.items()},
             "computed_steps": each.computed_steps,
-            "error": finite(each.error),
+            "error": _finite(each.error),
             "planned": plans[min(round(each.computed_steps), len(plans)) - 1].error,
         }
         for name, sweep in swept.items()
@@ -215,7 +215,7 @@ def choose(
                 site=site,
                 max_gap=max_gap,
             )
-    measured = [{"computed": steps, "psnr": finite(quality)} for steps, quality in choice.measured]
+    measured = [{"computed": steps, "psnr": _finite(quality)} for steps, quality in choice.measured]
     _give(choice.plan, out, json_, shown=str(choice), measured=measured)
 
 
@@ -231,6 +231,11 @@ def _give(plan: ck.Plan, out: Path | None, json_: bool, *, shown: str = "", **mo
 
 def _about(trace: ck.Trace) -> dict[str, Any]:
     return {"steps": len(trace), "streams": list(trace.streams), "sites": list(trace.sites), "notes": {**trace.notes}}
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,8 +328,8 @@ def _recorded(state: State) -> dict[str, Recorded]:
         for record in records:
             if not isinstance(record, RecordState):
                 raise StateError(NOTHING)
-            site = "output" if name.startswith("output") else "chain"
-            site = next((each for each in ("probe", "rest") if f"({each})" in name), site)
+            whole, _, part = name.partition("~")[0].partition(" (")
+            site = part.removesuffix(")") or ("output" if whole == "output" else "chain")
             by_site.setdefault(site, []).append(record)
     if not by_site:
         raise StateError(NOTHING)
@@ -435,8 +434,3 @@ def _mixed(recorded: Recorded, weights: Tensor) -> Recorded:
     logs = weights @ size
     ratios = torch.cat((logs.new_zeros(1), logs.diff())).exp()
     return Recorded(gram, distances, magnitudes, ratios)
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None
