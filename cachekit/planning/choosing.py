@@ -71,7 +71,7 @@ def choose(
         ...     return x
         >>> choice = ck.choose(ck.Trace.of(values, 10), run, "30 dB", peak=2.0, forecaster=ck.forecasters.hold())
         >>> len(choice.plan.steps)
-        5
+        8
     """
     wanted = _decibels(at_least)
     if not callable(run):

@@ -55,7 +55,7 @@ def recording(sites: Sequence[str] = RECORDED, *, sketch: int | None = None) -> 
         ...         self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
         ...     def forward(self, x):
         ...         for block in self.blocks:
-        ...             x = x + 0.1 * block(x)
+        ...             x = block(x)
         ...         return x
         >>> step, x = ck.cache(Model(), ck.recording()), torch.ones(1, 2, 4)
         >>> with torch.no_grad():

@@ -82,7 +82,7 @@ def replay(trace: Trace, policy: Policy | Iterable[Policy]) -> Replay | list[Rep
         >>> import torch, cachekit as ck
         >>> trace = ck.Trace.of([torch.tensor([1.0, step]) for step in range(6)], 6)
         >>> print(ck.replay(trace, ck.step_mask([1, 0, 0, 1, 0, 0], sites="output")))
-        step_mask(2 of 6, hold, output): 2 of 6 steps computed, error 0.261
+        step_mask(2 of 6, hold, output): 2 of 6 steps computed, error 0.263
           #..#..
     """
     if isinstance(policy, Policy):
