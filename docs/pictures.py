@@ -241,7 +241,8 @@ def tuning(trace: ck.Trace) -> dict[str, tuple[Figure, Facts]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ck.TraceWarning)
         replays = {name: ck.sweep(trace, made[name], each).replays for name, each in settings.items()}
-    points = {name: [[each.computed_steps, round(each.error, 5)] for each in found] for name, found in replays.items()}
+    points = {name: _rounded([each.error for each in found]) for name, found in replays.items()}
+    points |= {f"{name}, computed": [each.computed_steps for each in found] for name, found in replays.items()}
     predicted = {name: round(ck.replay(trace, policy).error, 5) for name, policy in policies.items()}
     return {
         "similarity": (planning.similarity(trace), {"last to first": _rounded([_cosine(trace)])[0]}),

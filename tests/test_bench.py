@@ -36,7 +36,7 @@ def row(method, ratio):
         ([row("a", 1.0)], 1, "gone"),
         ([row("a", 1.0), {k: v for k, v in row("b", 0.1).items() if k != "ratio"}], 1, "no figure"),
         ([row("a", 1.0), row("b", 0.1), row("c", 9.0)], 0, "new"),
-        ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.9, "peak_bytes": 100}], 0, "0.900"),
+        ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.95, "peak_bytes": 100}], 0, "0.950"),
         ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.5, "peak_bytes": 100}], 1, "WORSE"),
         ([row("a", 1.0), {**row("b", 0.1), "efficiency": 0.99, "peak_bytes": 150}], 1, "WORSE"),
     ],
