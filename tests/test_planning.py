@@ -507,7 +507,7 @@ def brute_force(values: list[Tensor], sizes: Tensor, computed: int, forecaster: 
 @settings(max_examples=12)
 @given(data=st.data())
 def test_no_plan_is_better(name, data):
-    steps = data.draw(st.integers(4, 14 if name == "newton 1" else 10))
+    steps = data.draw(st.integers(4, 14))
     computed = data.draw(st.integers(1, steps).filter(lambda count: math.comb(steps - 1, count - 1) <= 500))
     longest = data.draw(st.integers(0, steps))
     always = data.draw(st.lists(st.integers(0, steps - 1), max_size=2))
@@ -527,6 +527,15 @@ def test_no_plan_is_better(name, data):
     assert found.error == pytest.approx(math.sqrt(best) / way, rel=1e-6, abs=1e-7)
     policy = ck.step_mask(found.computed, forecaster=FORECASTERS[name], sites="output")
     assert quietly(trace, policy).error == pytest.approx(found.error, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "taylor 2"])
+def test_no_plan_of_half_the_steps_is_better(name):
+    values, sizes = smooth(5, 14), torch.linspace(0.5, 2.0, 14, dtype=torch.float64)
+    found = ck.plan(ck.Trace.of(values, 14, step_sizes=sizes), computed=7, forecaster=FORECASTERS[name])
+    best = brute_force(values, sizes, 7, FORECASTERS[name], 14, ())
+    way = float((sizes @ torch.stack(values)).norm())
+    assert found.error == pytest.approx(math.sqrt(best) / way, rel=1e-6, abs=1e-7)
 
 
 def test_a_frontier_holds_every_plan(recorded):
