@@ -35,19 +35,20 @@ SHAPES = {
 class Case(NamedTuple):
     """A kernel at work."""
 
-    name: str  # of the function, and after it the order
+    name: str  # of the function, and after it the order or the form
     arguments: Callable[..., tuple]  # from a source of tensors, and two numbers on the device
     tensors: int  # how many tensors of the value's dtype it must read or write
+    options: dict[str, Any] = {}  # noqa: RUF012  # of the function
 
     @property
     def ours(self) -> Callable[..., Any]:
         """The kernel."""
-        return getattr(kernels, self.name.partition(" ")[0])
+        return functools.partial(getattr(kernels, self.name.partition(" ")[0]), **self.options)
 
     @property
     def plain(self) -> Callable[..., Any]:
         """Its reference."""
-        return getattr(reference, self.name.partition(" ")[0])
+        return functools.partial(getattr(reference, self.name.partition(" ")[0]), **self.options)
 
 
 def several(count: int, draw: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
@@ -63,11 +64,15 @@ def polynomials(order: int) -> tuple[Case, Case]:
 
 CASES = (
     Case("residual_norm", lambda d, _: (d(), d(), d()), 4),
+    Case("residual_norm rows", lambda d, _: (d(), d(), d()), 4, {"rows": True}),
     Case("residual_change", lambda d, _: (d(), d()), 2),
     Case("norm_ratio", lambda d, _: (d(), d()), 2),
     *polynomials(1),
     *polynomials(2),
+    Case("newton_update 1", lambda d, w: (several(2, d), d(), w[:1]), 4),
+    Case("newton_predict 1", lambda d, w: (several(2, d), w), 3),
     Case("apply_residual", lambda d, _: ([d()], [d()]), 3),
+    Case("apply_residual two streams", lambda d, _: ([d(), d()], [d(), d()]), 6),
     # Two tensors of float32 weigh as four of bfloat16.
     Case("guidance_delta", lambda d, w: (d(), d(torch.float32), d(torch.float32), w), 3 + 4),
 )
