@@ -15,6 +15,12 @@ class ArgumentTypeError(CacheError, TypeError):
     """An argument has a type that cannot work."""
 
 
+def check_version(path: object, version: object, known: int) -> None:
+    """Refuse a file of another format than this release reads."""
+    if version is True or version != known:
+        raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {known}.")
+
+
 class StructureError(CacheError, RuntimeError):
     """The model does not have, or no longer has, the structure that caching needs."""
 

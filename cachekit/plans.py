@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachekit.errors import ArgumentError
+from cachekit.errors import ArgumentError, check_version
 
 FORMAT = 1
 
@@ -77,8 +77,7 @@ class Plan:
                 raise ValueError(f"not all of it is of {steps} steps")
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"`path` {str(path)!r} holds no plan ({error!r}). Save it again.") from error
-        if version is True or version != FORMAT:
-            raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
+        check_version(path, version, FORMAT)
         return plan
 
     def __str__(self) -> str:

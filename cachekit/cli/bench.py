@@ -66,7 +66,7 @@ def bench(
     skips depends on them. All ways take turns; a figure is the median over rounds of the ratio to the uncached loop of
     the same round. The first loop of each, with what it compiles, is not in it.
     """
-    options.usable(device)
+    options.runs_on(device)
     with options.refusals(), torch.no_grad():
         chosen = options.policies(method, settings, ratios)
         size = (batch, frames, height, width)

@@ -22,6 +22,7 @@ from torch import nn
 import cachekit as ck
 from cachekit.diffusers import inputs, zoo
 from cachekit.errors import CacheError
+from cachekit.running.opening import usable
 
 METHODS: dict[str, Callable[..., ck.Policy]] = {
     "first_block_cache": ck.first_block_cache,
@@ -121,13 +122,22 @@ def policies(methods: list[str] | None, settings: list[str] | None, ratios: Path
     return made
 
 
-def usable(device: str) -> None:
-    """Refuse a device that is not here."""
+def dtype_of(name: str) -> torch.dtype:
+    """The type of this name."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--dtype")
+    return known[name]
+
+
+def runs_on(device: str) -> None:
+    """Refuse a device that is not here, or computes nothing."""
     try:
-        torch.empty(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"{device!r} cannot be used here: {first}", param_hint="--device") from error
+        kind = usable(device).type
+    except ck.ArgumentError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
+    if kind == "meta":
+        raise typer.BadParameter("nothing is computed on meta", param_hint="--device")
 
 
 def writable(hint: str, path: Path | None) -> None:
@@ -162,9 +172,7 @@ def subjects(
         size: batch, frames, height and width, in frames and pixels.
         device: "meta" for a look at it that costs no memory.
     """
-    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-    if kind is None:
-        raise typer.BadParameter(f"{dtype!r} is none of float32, bfloat16, float16", param_hint="--dtype")
+    kind = dtype_of(dtype)
     if tiny:
         return [_specimen(model)]
     return [_built(name, found, size, kind, device) for name, found in _configs(model, config)]

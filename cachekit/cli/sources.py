@@ -13,12 +13,11 @@ from torch import Tensor
 
 import cachekit as ck
 import cachekit.diffusers as ckd
-from cachekit.cli.options import setting, usable
-from cachekit.demo.sample import Stream, sample, timesteps
+from cachekit.cli.options import dtype_of, runs_on, setting
+from cachekit.demo.sample import GUIDANCE, Stream, sample, timesteps
 from cachekit.diffusers import digits
 
 DIGITS = "digits"
-GUIDANCE = 2.0
 
 Sampled = Annotated[
     str,
@@ -64,7 +63,7 @@ def source(
 ) -> Source:
     """What MODEL names. `tick` is called at every step."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usable(place)
+    runs_on(place)
     if model == DIGITS:
         return Digits(prompts, steps, seed, place, tick)
     return Pipeline(model, prompts, steps, seed, dict(map(setting, given or ())), place, dtype, tick)
@@ -127,9 +126,7 @@ class Pipeline:
         dtype: str,
         tick: Callable[[], object],
     ) -> None:
-        kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-        if kind is None:
-            raise typer.BadParameter(f"{dtype!r} is none of float32, bfloat16, float16", param_hint="--dtype")
+        kind = dtype_of(dtype)
         try:
             self._pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=kind).to(device)
         except (OSError, ValueError) as error:

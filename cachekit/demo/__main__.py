@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.demo import pictures, report
-from cachekit.demo.runs import GUIDANCE, UNCACHED, Row, Setting, Trial, record, run, score, settings
+from cachekit.demo.runs import UNCACHED, Row, Setting, Trial, record, run, score, settings
+from cachekit.demo.sample import GUIDANCE
 from cachekit.demo.verdict import gain, headline
 from cachekit.diffusers import digits
 

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 import cachekit as ck
 from cachekit.demo.data import recognised
 from cachekit.demo.metrics import psnr, ssim
-from cachekit.demo.sample import Stream, sample, timesteps
+from cachekit.demo.sample import GUIDANCE, Stream, sample, timesteps
 from cachekit.diffusers import digits
 
 UNCACHED = "uncached"
 FEWER = "fewer steps"
 PLANNED = "planned"
 STREAMS: tuple[Stream, ...] = ("cond", "uncond")
-GUIDANCE = 2.0
 PACE = 1.25
 """A run whose computed forwards take this many times the usual, or as many times less, was not alone or was lucky."""
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cachekit.diffusers.digits import NULL, SIZE
 
+GUIDANCE = 2.0
+"""Of the demo, and of what the command line samples."""
 Stream = Literal["cond", "uncond"]
 Velocity = Callable[[Tensor, Tensor, Tensor, Stream], Tensor]
 """`velocity(x, t, labels, stream)`: x [B, 1, 1, 16, 16], t [] in [0, 1], labels [B] -> [B, 1, 1, 16, 16].
@@ -23,7 +25,7 @@ def timesteps(n: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, labels: Tensor, steps: int = 50, guidance: float = 2.0, seed: int = 0) -> Tensor:
+def sample(velocity: Velocity, labels: Tensor, steps: int = 50, guidance: float = GUIDANCE, seed: int = 0) -> Tensor:
     """Draw one image for each label [B]: [B, 1, 1, 16, 16] float32, about [-1, 1], on the device of `labels`.
 
     `seed` alone decides the noise, whatever the device and the number of steps.

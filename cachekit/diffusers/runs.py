@@ -151,16 +151,17 @@ class Run:
     def _check(self, models: dict[str, nn.Module]) -> None:
         """Refuse early what would fail in the midst of an image."""
         for name, model in models.items():
-            if not any(
-                key.partition("/")[0] == name or not ("/" in key or key in self._names) for key in self._policies
-            ):
+            meant = [
+                policy
+                for key, policy in self._policies.items()
+                if key.partition("/")[0] == name or not ("/" in key or key in self._names)
+            ]
+            if not meant:
                 continue  # it is left alone
             refuse(model)
             refuse_hooks(name, model)
-            for key, policy in self._policies.items():
-                component, slash, _ = key.partition("/")
-                if component == name or not (slash or key in self._names):
-                    self._step(model, policy)
+            for policy in meant:
+                self._step(model, policy)
 
     def _policy_of(self, component: str, stream: str) -> Policy | None:
         for key in (f"{component}/{stream}", stream, component, ALL):
@@ -227,13 +228,12 @@ def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
             f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}. A transformer alone: cachekit.cache."
         )
     there: Run | None = getattr(type(pipe), MARK, None)
-    if there is not None and not there.owns(pipe):
-        pipe.__class__ = there._class  # made of the class of a pipeline that has caching enabled
-        there = None
-    if there is not None:
+    if there is not None and there.owns(pipe):
         raise ArgumentError(
             f"`pipe` has caching enabled already, a {type(pipe).__name__}. Call disable() on that run first."
         )
+    if there is not None:
+        pipe.__class__ = there._class  # made of the class of a pipeline that has caching enabled
     if not isinstance(compile, (bool, Mapping)):
         raise ArgumentTypeError(
             f"`compile` must be True, False or the arguments of step.compile, got {compile!r}. Use e.g. "

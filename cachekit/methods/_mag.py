@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cachekit import deciders, forecasters, signals
-from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, check_version
 from cachekit.forecasters import Forecaster
 from cachekit.methods._first_block import check_forecaster, check_semantics
 from cachekit.policy import Policy
@@ -108,8 +108,7 @@ class MagRatios:
             raise ArgumentError(
                 f"`path` {str(path)!r} holds no magnitude ratios ({error!r}). Save them again."
             ) from error
-        if version is True or version != FORMAT:
-            raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
+        check_version(path, version, FORMAT)
         if steps != len(ratios):
             raise ArgumentError(f"`path` {str(path)!r} has {len(ratios)} ratios for {steps} steps. Save them again.")
         model, scheduler = str(record.get("model", "")), str(record.get("scheduler", ""))

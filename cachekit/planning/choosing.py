@@ -77,16 +77,15 @@ def choose(
     if not callable(run):
         raise ArgumentTypeError(f"`run` must be a function of a policy, got {type(run).__name__}.")
     plans = frontier(trace, forecaster=forecaster, site=site, max_gap=max_gap, always=always)
-    reference = run(None).detach().double()
+    reference = run(None).detach()
     scale = peak if peak is not None else float(reference.max() - reference.min()) or 1.0
     measured: list[tuple[int, float]] = []
 
     def enough(plan: Plan) -> bool:
-        samples = run(planned(plan, forecaster=forecaster)).detach().double()
+        samples = run(planned(plan, forecaster=forecaster)).detach()
         if samples.shape != reference.shape:
             raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(reference.shape)}.")
-        error = (samples - reference).square().reshape(len(reference), -1).mean(1)
-        quality = float((10 * torch.log10(scale**2 / error)).mean())
+        quality = float(psnr(samples, reference, scale).mean())
         measured.append((len(plan.steps), quality))
         return quality >= wanted
 
@@ -99,6 +98,17 @@ def choose(
         else:
             low = middle + 1
     return Choice(plans[low], tuple(measured), wanted)
+
+
+def psnr(samples: Tensor, reference: Tensor, peak: float) -> Tensor:
+    """Peak signal-to-noise ratio of every sample, `10 log10(peak^2 / MSE)` in dB: [B] float64, infinite where equal.
+
+    Args:
+        samples, reference: [B, ...] of equal shape.
+        peak: range of the data.
+    """
+    error = (samples.double() - reference.double()).square().reshape(len(reference), -1).mean(1)
+    return 10 * torch.log10(peak**2 / error)
 
 
 def _decibels(at_least: Any) -> float:

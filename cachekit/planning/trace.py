@@ -7,17 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cachekit.deciders import Sums
 from cachekit.deciders._decider import doubles, trajectory
-from cachekit.errors import ArgumentError, ArgumentTypeError, StateError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, check_version
 from cachekit.methods._mag import MagRatios
+from cachekit.planning.matrices import Recorded, between, mixed, of_rows, sum_of
 from cachekit.planning.recording import RecordState
-from cachekit.signals import change
 from cachekit.state import State, summary
 
 FORMAT = 1
@@ -29,15 +29,6 @@ ONLY = ""
 
 
 NOTHING = "`state` holds no recording. Run the trajectory under cachekit.recording()."
-
-
-class Recorded(NamedTuple):
-    """Of one site of one stream. Every matrix is float64."""
-
-    gram: Tensor  # [T, T], inner products <V_i, V_j> of the values of steps i and j
-    distances: Tensor  # [T, T], sum |V_i - V_j|; of the denoised stream where it is a residual; [0, 0] of large sites
-    magnitudes: Tensor  # [T], sum |V_j|, likewise
-    ratios: Tensor  # [T], mean over tokens of ||V_i|| / ||V_{i-1}||, 1 at step 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,7 @@ class Trace:
         times = trajectory(timesteps)
         rows = torch.stack([value.detach().flatten() for value in values])
         norms = [torch.linalg.vector_norm(value.detach().float(), dim=-1).flatten() for value in values]
-        recorded = _of_rows([rows], rows, [torch.stack(norms)])
+        recorded = of_rows([rows], rows, [torch.stack(norms)])
         return cls({ONLY: {site: recorded}}, times, _sizes(times, step_sizes), _texts(notes))
 
     # Asking it -------------------------------------------------------------------------------------------------
@@ -257,9 +248,9 @@ class Trace:
             falls = each.diff() < 0
             if bool(each.isnan().any()) or not (bool(falls.all()) or len(each) == 1):
                 raise ArgumentError(f"`{name}` has no falling timesteps to interpolate over: {each.tolist()}.")
-        weights = _between(self.timesteps, times)
+        weights = between(self.timesteps, times)
         streams = {
-            name: {site: _mixed(recorded, weights) for site, recorded in sites.items()}
+            name: {site: mixed(recorded, weights) for site, recorded in sites.items()}
             for name, sites in self.streams.items()
         }
         notes = {**self.notes, "resampled": f"from {len(self)} steps"}
@@ -311,14 +302,8 @@ class Trace:
             made = cls(streams, tensors["timesteps"], tensors["step_sizes"], _texts(about["notes"]), weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ArgumentError(f"`path` {str(path)!r} holds no trace ({error!r}). Save it again.") from error
-        if version is True or version != FORMAT:
-            raise ArgumentError(f"`path` {str(path)!r} has version {version!r}, this release reads {FORMAT}.")
+        check_version(path, version, FORMAT)
         return made
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors of one shape."""
-    return torch.stack(list(tensors)).sum(0)
 
 
 def _recorded(state: State) -> dict[str, Recorded]:
@@ -338,41 +323,8 @@ def _recorded(state: State) -> dict[str, Recorded]:
         first = records[0]
         looked_at = (first.sample if first.sample.shape[1] else first.rows) if site in ("output", "probe") else None
         norms = [record.norms for record in records if record.norms.shape[1]]
-        made[site] = _of_rows([record.rows for record in records], looked_at, norms)
+        made[site] = of_rows([record.rows for record in records], looked_at, norms)
     return made
-
-
-def _of_rows(rows: Sequence[Tensor], looked_at: Tensor | None, norms: Sequence[Tensor]) -> Recorded:
-    """From the values [T, n] of every stream of a site; the one that deciders look at; and token norms [T, tokens]."""
-    wide = [each.double() for each in rows]
-    gram = sum_of([each @ each.T for each in wide]).cpu()
-    distances, magnitudes = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-    if looked_at is not None:
-        distances, magnitudes = _distances(looked_at)
-    return Recorded(gram, distances, magnitudes, _ratios(norms, len(gram)))
-
-
-def _distances(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What `signals.change` measures between any two of the values [T, n]: [T, T] and [T], on the CPU."""
-    steps = len(rows)
-    sums = [[change(rows[i], rows[j]) for j in range(i + 1)] for i in range(steps)]
-    flat = torch.stack([pair.numerator for row in sums for pair in row]).double().cpu()
-    i, j = torch.tril_indices(steps, steps)
-    distances = torch.zeros(steps, steps, dtype=torch.float64)
-    distances[i, j] = flat
-    distances[j, i] = flat
-    return distances, torch.stack([row[-1].denominator for row in sums]).double().cpu()
-
-
-def _ratios(norms: Sequence[Tensor], steps: int) -> Tensor:
-    """The mean over all tokens of the norm over that of the step before, 1 where that was zero: [T]."""
-    if not norms:
-        return torch.ones(steps, dtype=torch.float64)
-    tokens = torch.cat([each.double() for each in norms], dim=1).cpu()
-    ratios = torch.where(
-        tokens[:-1] != 0, tokens[1:] / tokens[:-1], torch.where(tokens[1:].isfinite(), 1.0, tokens[1:])
-    )
-    return torch.cat((torch.ones(1, dtype=torch.float64), ratios.mean(1)))
 
 
 def _sizes(times: Tensor, given: Sequence[float] | Tensor | None) -> Tensor:
@@ -399,38 +351,3 @@ def _texts(notes: Mapping[str, Any] | None) -> dict[str, str]:
     if notes is not None and not isinstance(notes, Mapping):
         raise ArgumentTypeError(f"`notes` must be a mapping of names to texts, got {type(notes).__name__}.")
     return {str(key): str(value) for key, value in (notes or {}).items()}
-
-
-def _between(old: Tensor, new: Tensor) -> Tensor:
-    """[new T, old T]: the value at a new timestep as a combination of those at the old ones, which fall."""
-    if len(old) == 1:
-        return torch.ones(len(new), 1, dtype=torch.float64)
-    right = torch.searchsorted(-old, -new).clamp(1, len(old) - 1)
-    share = ((old[right - 1] - new) / (old[right - 1] - old[right])).clamp(0, 1)
-    weights = torch.zeros(len(new), len(old), dtype=torch.float64)
-    rows = torch.arange(len(new))
-    weights[rows, right - 1] = 1 - share
-    weights[rows, right] = share
-    return weights
-
-
-def _mixed(recorded: Recorded, weights: Tensor) -> Recorded:
-    """Of combinations of the values."""
-    gram = weights @ recorded.gram @ weights.T
-    distances, magnitudes = recorded.distances, recorded.magnitudes
-    if len(distances):
-        # How far two values are apart is known of their norms alone; of what |.| makes of that, from the steps nearby.
-        def apart(gram: Tensor) -> Tensor:
-            size = gram.diagonal()
-            return (size[:, None] + size - 2 * gram).clamp(min=0).sqrt()
-
-        old = apart(recorded.gram)
-        known = ~torch.eye(len(old), dtype=torch.bool) & (old > 0)
-        typical = (distances[known] / old[known]).mean() if bool(known.any()) else torch.tensor(0.0)
-        distances = (weights @ torch.where(known, distances / old, typical) @ weights.T) * apart(gram)
-        magnitudes = weights @ magnitudes
-    # A ratio is a change over one step: over another distance in time it goes on in the same way.
-    size = torch.cat((recorded.ratios.new_zeros(1), recorded.ratios[1:].clamp(min=1e-12).log())).cumsum(0)
-    logs = weights @ size
-    ratios = torch.cat((logs.new_zeros(1), logs.diff())).exp()
-    return Recorded(gram, distances, magnitudes, ratios)

@@ -102,7 +102,7 @@ class Opened:
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         """What the forward looks like on these arguments: recorded once for each signature."""
-        device = _usable(device) if device is not None else _device(self.original, args, kwargs)
+        device = usable(device) if device is not None else _device(self.original, args, kwargs)
         signature = _signature(self.original, args, kwargs, device)
         with self._lock:
             if self._fingerprint.changed() is not None:
@@ -201,7 +201,8 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
     return tuple(parts), str(treespec), str(device), torch.get_autocast_dtype(kind) if casts else None
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable(device: torch.device | str) -> torch.device:
+    """The device, if it is there."""
     try:
         torch.empty(0, device=device)
         return torch.device(device)
