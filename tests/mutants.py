@@ -180,7 +180,7 @@ MUTANTS = (
         "planning/planner.py",
         "last = min([c + self._longest + 1,",
         "last = min([c + self._longest + 2,",
-        "test_planning.py::test_no_plan_is_better",
+        "test_planning.py::test_gaps_are_as_long_as_allowed_and_no_longer",
     ),
     # An error counts as far as the sampler goes with it.
     Mutant(

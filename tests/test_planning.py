@@ -538,6 +538,19 @@ def test_no_plan_of_half_the_steps_is_better(name):
     assert found.error == pytest.approx(math.sqrt(best) / way, rel=1e-6, abs=1e-7)
 
 
+@pytest.mark.parametrize("longest", range(5))
+@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2"])
+def test_gaps_are_as_long_as_allowed_and_no_longer(name, longest):
+    values, sizes = smooth(7, STEPS), torch.linspace(0.5, 2.0, STEPS, dtype=torch.float64)
+    trace, forecaster = ck.Trace.of(values, STEPS, step_sizes=sizes), FORECASTERS[name]
+    found = ck.frontier(trace, forecaster=forecaster, max_gap=longest)
+    assert len(found[0].steps) == math.ceil(STEPS / (longest + 1))
+    for plan in found:
+        assert max(end - node - 1 for node, end in itertools.pairwise((*plan.steps, STEPS))) <= longest
+    best = brute_force(values, sizes, len(found[0].steps), forecaster, longest, ())
+    assert found[0].error == pytest.approx(math.sqrt(best) / float((sizes @ torch.stack(values)).norm()), abs=1e-7)
+
+
 def test_a_frontier_holds_every_plan(recorded):
     trace = recorded["two"]
     for site in ("output", "chain"):
