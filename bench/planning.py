@@ -1,8 +1,9 @@
 """What planning takes, and what it gives: `python bench/planning.py`; see README.md beside it.
 
 Two parts. `speed`: the search, and the replay of one policy, at 50 and 100 steps. `quality`: plans from one recording
-of the digits model, run on other digits and other noise, beside every method of the guide at its own numbers of
-computed steps; how well predicted errors rank real runs; and what a plan from a recording of another length costs.
+of the digits model, as they are and chosen by runs of the recorded digits, run on other digits and other noise, beside
+every method of the guide at its own numbers of computed steps; how well predicted errors rank real runs; and what a
+plan from a recording of another length costs.
 """
 
 from __future__ import annotations
@@ -121,7 +122,15 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     model = digits.load()
     trace = runs.record(model, STEPS, seed=1)
     found = ck.frontier(trace, most=max(BUDGETS))
-    settings = [Setting("planned", f"{budget}", STEPS, ck.planned(found[budget - 1])) for budget in BUDGETS]
+    plans_by = {
+        "planned": {f"{budget}": found[budget - 1] for budget in BUDGETS},
+        "chosen": {f"{budget}": plan for budget, plan in choices(model, trace).items()},
+    }
+    settings = [
+        Setting(group, budget, STEPS, ck.planned(plan))
+        for group, by_budget in plans_by.items()
+        for budget, plan in by_budget.items()
+    ]
     settings += methods(trace)
     settings += [Setting(FEWER, f"{steps}", steps) for steps in (10, 13, 19, 25, 30)]
     generator = torch.Generator().manual_seed(0)
@@ -155,17 +164,18 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
             "computed": statistics.mean(steps[setting.label]),
             "psnr": statistics.mean(distances[setting.label]),
             "spread": statistics.stdev(distances[setting.label]) if seeds > 1 else None,
-            "predicted": found[int(setting.detail) - 1].error if setting.group == "planned" else None,
-            "plan": list(found[int(setting.detail) - 1].steps) if setting.group == "planned" else None,
+            "predicted": plan.error if plan else None,
+            "plan": list(plan.steps) if plan else None,
         }
         for setting in settings
+        for plan in [plans_by.get(setting.group, {}).get(setting.detail)]
     ]
     predicted = [ck.replay(trace, mask([step in nodes for step in range(STEPS)])).error for nodes in random]
     rank = spearman([-error for error in predicted], measured) if random else None
-    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'planned, no more steps':>24}")
+    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'chosen, no more steps':>24}")
     for row in rows:
-        row["planned"] = best = _planned_at(row["computed"], rows)
-        versus = "" if row["group"] == "planned" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
+        row["chosen"] = best = _chosen_at(row["computed"], rows)
+        versus = "" if row["group"] == "chosen" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
         mark = "*" if row["partial"] else " "
         name = f"{row['group']} {row['detail']}"
         print(f"{name:<36} {row['computed']:>7.1f}{mark} {row['psnr']:>6.1f} {row['spread'] or 0:>6.2f} {versus:>24}")
@@ -182,6 +192,18 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
         ],
         "resampled": resampled(model, trace, count),
     }
+
+
+def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[int, ck.Plan]:
+    """For every budget the plan that does best on the digits and the noise of the recording."""
+    labels, seed = runs.recorded_labels(), 1
+    uncached = run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
+
+    def sample(policy: ck.Policy | None) -> Tensor:
+        return uncached if policy is None else run(model, Setting("", "", STEPS, policy), labels, seed).samples
+
+    budgets = tqdm(BUDGETS, desc="choose", unit="budget", dynamic_ncols=True)
+    return {budget: ck.choose(trace, sample, computed=budget, peak=2.0).plan for budget in budgets}
 
 
 def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[str, Any]]:
@@ -213,9 +235,9 @@ def _random(generator: torch.Generator) -> set[int]:
     return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
 
 
-def _planned_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
-    """PSNR of the plan with the most steps that are no more than these."""
-    fitting = [row for row in rows if row["group"] == "planned" and row["computed"] <= computed + 1e-9]
+def _chosen_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
+    """PSNR of the chosen plan with the most steps that are no more than these."""
+    fitting = [row for row in rows if row["group"] == "chosen" and row["computed"] <= computed + 1e-9]
     return max(fitting, key=lambda row: row["computed"])["psnr"] if fitting else None
 
 

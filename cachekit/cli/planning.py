@@ -38,6 +38,7 @@ CHOOSE = """\b
 Examples:
   cachekit choose digits.trace.safetensors digits --at-least "40 dB" --out digits.plan.json
   cachekit choose cat.trace.safetensors ./my-pipeline --prompt "a dog" --seed 7 --at-least 30
+  cachekit choose digits.trace.safetensors digits --computed 9
 """
 
 Recording = Annotated[Path, typer.Argument(metavar="TRACE", exists=True, dir_okay=False, help="What `record` wrote.")]
@@ -186,7 +187,10 @@ def plan(
 def choose(
     trace: Recording,
     model: sources.Sampled,
-    at_least: Annotated[str, typer.Option(help="PSNR against the uncached samples that is to be kept.")] = "40 dB",
+    at_least: Annotated[
+        str | None, typer.Option(help='PSNR against the uncached samples to keep, e.g. "40 dB".')
+    ] = None,
+    computed: Annotated[int | None, typer.Option(min=1, help="Steps to compute, instead.")] = None,
     peak: Annotated[float | None, typer.Option(help="Range of the data; that of the samples if not.")] = None,
     prompt: sources.Prompts = None,
     given: sources.Call = None,
@@ -199,17 +203,18 @@ def choose(
     out: PlanOut = None,
     json_: options.Json = False,
 ) -> None:
-    """The plan with the fewest computed steps that keeps a quality, by a few real runs: some six for 50 steps."""
+    """The plan with the fewest computed steps that keeps a quality, or the best of so many, by a few real runs."""
     options.writable("--out", out)
     with options.refusals():
         recorded = ck.Trace.load(trace)
-        runs = len(recorded).bit_length() + 1
+        runs = 4 if computed else 3 * len(recorded).bit_length() + 1
         with _progress("choose", runs * len(recorded)) as tick:
             subject = sources.source(model, prompt, len(recorded), seed, given, device, dtype, tick)
             choice = ck.choose(
                 recorded,
                 subject.run,
                 at_least,
+                computed=computed,
                 peak=peak,
                 forecaster=ck.forecasters.named(forecaster),
                 site=site,

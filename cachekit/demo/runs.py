@@ -259,9 +259,14 @@ def run(
     return Trial(setting, samples, computed, seconds, sum(paces) / len(paces))
 
 
+def recorded_labels() -> Tensor:
+    """[20]: two digits of each class, those of a recording."""
+    return torch.arange(digits.CLASSES).repeat(2)
+
+
 def record(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] = lambda: None) -> ck.Trace:
     """What both streams of one uncached run over `steps` Euler steps have computed, of two digits of each class."""
-    labels = torch.arange(digits.CLASSES).repeat(2)
+    labels = recorded_labels()
     sampler = Sampler(model, Setting("recording", "", steps, ck.recording()), labels, tick)
     sample(sampler, labels, steps, GUIDANCE, seed)
     notes = {"model": "cachekit digits", "scheduler": f"flow matching Euler, {steps} steps", "guidance": GUIDANCE}

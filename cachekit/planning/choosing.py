@@ -1,7 +1,8 @@
-"""The closed loop: how few steps are enough, by real runs."""
+"""The closed loop: which plan is best, and how few steps are enough, by real runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,16 +17,19 @@ from cachekit.planning.trace import Trace
 from cachekit.plans import Plan
 from cachekit.policy import Policy
 
+SPREADS = (None, 1.0, 0.5)
+"""How early errors may count, see `Trace.carried`: alike, and less and less."""
+
 
 class Choice(NamedTuple):
     """A plan, and what was measured on the way to it."""
 
     plan: Plan
     measured: tuple[tuple[int, float], ...]  # computed steps and dB of PSNR of every run, in the order they were made
-    at_least: float  # dB
+    at_least: float | None  # dB, where that was asked for
 
     def __str__(self) -> str:
-        rows = [f"{self.plan}", f"measured, to keep {self.at_least:g} dB:"]
+        rows = [f"{self.plan}", "measured:" if self.at_least is None else f"measured, to keep {self.at_least:g} dB:"]
         rows += [f"  {computed:>3} computed  {quality:6.2f} dB" for computed, quality in self.measured]
         return "\n".join(rows)
 
@@ -33,31 +37,38 @@ class Choice(NamedTuple):
 def choose(
     trace: Trace,
     run: Callable[[Policy | None], Tensor],
-    at_least: str | float = "40 dB",
+    at_least: str | float | None = None,
     *,
+    computed: int | None = None,
     peak: float | None = None,
+    spreads: Sequence[float | None] = SPREADS,
     forecaster: Forecaster | None = None,
     site: str = "output",
     max_gap: int | None = None,
     always: Sequence[int] = (0,),
 ) -> Choice:
-    """The plan with the fewest computed steps that keeps a quality, by a few real runs.
+    """The plan with the fewest computed steps that keeps a quality, or the best one of so many, by a few real runs.
 
-    The number of computed steps is halved in on: some six runs for 50 steps. Each costs as much as its plan.
+    How much of an error arrives in the samples a recording does not say. So of every number of computed steps there are
+    several plans, each the best for another `Trace.carried`, and what they keep is measured. The number of computed
+    steps is halved in on: some six numbers for 50 steps, each up to three runs, which cost as much as their plans.
 
     Args:
         trace: of an uncached run.
         run: `run(policy)` samples under a policy, or uncached for None, always from the same noise, and returns what
             is compared, [B, ...].
         at_least: PSNR against the uncached samples that is to be kept, e.g. "40 dB"; the mean over the samples.
+        computed: how many steps compute, instead: of the plans for that many the one that keeps most.
         peak: range of the data; None for that of the uncached samples.
+        spreads: for which to plan; (None,) for one plan of each number of steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 
     Returns:
         The plan, and what was measured. Where even all steps but one do not keep it, the plan computes all.
 
     Raises:
-        ArgumentError: `at_least` is no quality, or the samples do not fit together.
+        ArgumentError: `at_least` is no quality, no plan has as many steps as `computed`, not one of them is given, or
+            the samples do not fit together.
 
     Example:
         >>> import torch, cachekit as ck
@@ -73,31 +84,47 @@ def choose(
         >>> len(choice.plan.steps)
         8
     """
-    wanted = _decibels(at_least)
+    if (at_least is None) == (computed is None):
+        raise ArgumentError('Give one of `at_least`, e.g. "40 dB", and `computed`: what to choose by.')
+    wanted = math.inf if at_least is None else _decibels(at_least)
     if not callable(run):
         raise ArgumentTypeError(f"`run` must be a function of a policy, got {type(run).__name__}.")
-    plans = frontier(trace, forecaster=forecaster, site=site, max_gap=max_gap, always=always)
+    if not spreads:
+        raise ArgumentError("`spreads` is empty. Give at least (None,).")
+    fronts = [
+        frontier(trace.carried(spread), forecaster=forecaster, site=site, max_gap=max_gap, always=always)
+        for spread in spreads
+    ]
+    # For every number of computed steps, the plans that differ.
+    candidates = [tuple({plan.steps: plan for plan in plans}.values()) for plans in zip(*fronts, strict=True)]
+    counts = [len(plans[0].steps) for plans in candidates]
+    if computed is not None and computed not in counts:
+        raise ArgumentError(f"`computed` must be an int from {counts[0]} to {counts[-1]}, got {computed!r}.")
     reference = run(None).detach()
     scale = peak if peak is not None else float(reference.max() - reference.min()) or 1.0
     measured: list[tuple[int, float]] = []
 
-    def enough(plan: Plan) -> bool:
+    def quality(plan: Plan) -> float:
         samples = run(planned(plan, forecaster=forecaster)).detach()
         if samples.shape != reference.shape:
             raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(reference.shape)}.")
-        quality = float(psnr(samples, reference, scale).mean())
-        measured.append((len(plan.steps), quality))
-        return quality >= wanted
+        kept = float(psnr(samples, reference, scale).mean())
+        measured.append((len(plan.steps), kept))
+        return kept
 
+    if computed is not None:
+        best = max(candidates[counts.index(computed)], key=quality)
+        return Choice(best, tuple(measured), None)
     # The last one computes every step: it is what it is held against.
-    low, high = 0, len(plans) - 1
+    low, high, enough = 0, len(candidates) - 1, candidates[-1][0]
     while low < high:
         middle = (low + high) // 2
-        if enough(plans[middle]):
-            high = middle
-        else:
+        found = next((plan for plan in candidates[middle] if quality(plan) >= wanted), None)
+        if found is None:
             low = middle + 1
-    return Choice(plans[low], tuple(measured), wanted)
+        else:
+            high, enough = middle, found
+    return Choice(enough, tuple(measured), wanted)
 
 
 def psnr(samples: Tensor, reference: Tensor, peak: float) -> Tensor:

@@ -35,7 +35,8 @@ def plan(
 ) -> Plan:
     """The steps to compute that make the least of the error: of all plans the best, for the error of `cachekit.replay`.
 
-    Give one of `computed`, `speedup` and `error`.
+    Give one of `computed`, `speedup` and `error`. For `trace.carried(0.5)` early errors count less: whether that does
+    more for a model `cachekit.choose` finds out.
 
     Args:
         trace: of an uncached run.
@@ -155,8 +156,8 @@ class _Search:
         # A forecast from one value is one from two, of which it looks at the last.
         self._memory = max(forecaster.memory, 2)
         self._longest, self._forced = longest, forced
-        self._gram, self._sizes = trace.gram(site), trace.step_sizes
-        # What the sampler has gone up to a step: its inner products with the values, and with itself.
+        self._gram, self._sizes = trace.gram(site), trace.reach
+        # What the sampler has gone up to a step, as it is carried: its inner products with the values, and with itself.
         onward = torch.cumsum(self._sizes[:, None] * self._gram, 0)
         self._path_value = torch.cat((onward.new_zeros(1, self._steps), onward))  # [T + 1, T]
         both = torch.cumsum(self._path_value * self._sizes, 1)

@@ -61,10 +61,10 @@ def replay(trace: Trace, policy: Policy | Iterable[Policy]) -> Replay | list[Rep
     """What a policy would have done to the recorded run, without the model.
 
     Its decider is shown what it would have been shown; its forecasts are held against what was computed. Between two
-    computed steps the errors add up, each times the step size of the sampler; the errors of several gaps, which point
-    anywhere, add up by their squares. `error` is the root of that over the norm of the way that the sampler goes in
-    all: 0.01 is a hundredth of the way. The run itself is taken as it was: that a step which was left out leads to
-    other values later is not in it.
+    computed steps the errors add up, each times the step size of the sampler, and as far as `Trace.carried` says; the
+    errors of several gaps, which point anywhere, add up by their squares. `error` is the root of that over the norm of
+    the way that the sampler goes in all: 0.01 is a hundredth of the way. The run itself is taken as it was: that a step
+    which was left out leads to other values later is not in it.
 
     Args:
         trace: of an uncached run.
@@ -166,7 +166,7 @@ def errors_of(
     trace: Trace, site: str, computed: dict[str, tuple[int, ...]], forecaster: Forecaster
 ) -> tuple[tuple[float, ...], float]:
     """Relative errors of every step, and of the whole run."""
-    sizes, steps = trace.step_sizes, len(trace)
+    sizes, steps = trace.reach, len(trace)
     square, gaps = torch.zeros(steps, dtype=torch.float64), 0.0
     known: dict[tuple[int, ...], Tensor] = {}
     for stream, nodes in computed.items():
