@@ -182,6 +182,25 @@ MUTANTS = (
         "last = min([c + self._longest + 2,",
         "test_planning.py::test_gaps_are_as_long_as_allowed_and_no_longer",
     ),
+    # What is left of an error at the end is little where noise is what most of it is of.
+    Mutant(
+        "planning/trace.py",
+        "((done * self.spread).square() + (1 - done).square()).sqrt()",
+        "(((1 - done) * self.spread).square() + done.square()).sqrt()",
+        "test_planning.py::test_errors_are_carried_as_the_flow_of_normal_data_carries_them",
+    ),
+    Mutant(
+        "planning/planner.py",
+        "self._gram, self._sizes = trace.gram(site), trace.reach",
+        "self._gram, self._sizes = trace.gram(site), trace.step_sizes",
+        "test_planning.py::test_plans_for_carried_errors_are_the_best_for_those",
+    ),
+    Mutant(
+        "planning/choosing.py",
+        "best = max(candidates",
+        "best = min(candidates",
+        "test_planning.py::test_choosing_takes_the_plan_that_keeps_most",
+    ),
     # An error counts as far as the sampler goes with it.
     Mutant(
         "planning/planner.py",

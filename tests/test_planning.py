@@ -513,8 +513,8 @@ def test_no_plan_is_better(name, data):
     always = data.draw(st.lists(st.integers(0, steps - 1), max_size=2))
     values = smooth(data.draw(st.integers(0, 999)), steps)
     sizes = torch.tensor(data.draw(st.lists(st.floats(0.1, 3), min_size=steps, max_size=steps)), dtype=torch.float64)
-    trace = ck.Trace.of(values, steps, step_sizes=sizes)
-    best = brute_force(values, sizes, computed, FORECASTERS[name], longest, always)
+    trace = ck.Trace.of(values, steps, step_sizes=sizes).carried(data.draw(st.none() | st.floats(0.1, 2)))
+    best = brute_force(values, trace.reach, computed, FORECASTERS[name], longest, always)
     options = {"computed": computed, "forecaster": FORECASTERS[name], "max_gap": longest, "always": always}
     if best == math.inf:
         with pytest.raises(ArgumentError):
@@ -536,6 +536,34 @@ def test_no_plan_of_half_the_steps_is_better(name):
     best = brute_force(values, sizes, 7, FORECASTERS[name], 14, ())
     way = float((sizes @ torch.stack(values)).norm())
     assert found.error == pytest.approx(math.sqrt(best) / way, rel=1e-6, abs=1e-7)
+
+
+@settings(max_examples=30)
+@given(data=st.data(), spread=st.floats(0.1, 4))
+def test_errors_are_carried_as_the_flow_of_normal_data_carries_them(data, spread):
+    steps = data.draw(st.integers(1, 9))
+    sizes = torch.tensor(data.draw(st.lists(st.floats(0.1, 3), min_size=steps, max_size=steps)), dtype=torch.float64)
+    reach = ck.Trace.of(smooth(0, steps), steps, step_sizes=sizes).carried(spread).reach
+    after = 1 - sizes.cumsum(0) / sizes.sum()
+    for share, level in zip((reach / sizes).tolist(), after.tolist(), strict=True):
+        # x(t) = (1 - t) data + t noise flows with E[noise - data | x(t) = x], which for normal data is linear in x.
+        t = torch.linspace(0, level, 4001, dtype=torch.float64)
+        slope = (t - (1 - t) * spread**2) / ((1 - t).square() * spread**2 + t.square())
+        assert share == pytest.approx(math.exp(-float(torch.trapezoid(slope, t))), rel=1e-3)
+
+
+def test_plans_for_carried_errors_are_the_best_for_those():
+    values, sizes = smooth(5, 10), torch.ones(10, dtype=torch.float64)
+    alike = ck.Trace.of(values, 10, step_sizes=sizes)
+    early = alike.carried(0.2)
+    assert torch.equal(alike.reach, sizes) and alike.carried(None) == alike
+    best = brute_force(values, early.reach, 4, newton(1), 10, ())
+    found = ck.plan(early, computed=4)
+    assert found.error == pytest.approx(math.sqrt(best) / float((sizes @ torch.stack(values)).norm()), rel=1e-6)
+    assert found.steps[1] > ck.plan(alike, computed=4).steps[1]  # what is early counts less
+    for spread in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ArgumentError, match="spread"):
+            alike.carried(spread)
 
 
 @pytest.mark.parametrize("longest", range(5))
@@ -701,17 +729,56 @@ def test_choosing_halves_in_on_the_fewest_steps(recorded):
             x = x - out / STEPS
     trace = ck.Trace.from_state(state)
     choice = ck.choose(trace, sample, "35 dB")
-    assert ran[0] is None and len(ran) <= 6
-    measured = dict(choice.measured)
-    assert measured[len(choice.plan.steps)] >= 35
-    assert all(quality < 35 for computed, quality in measured.items() if computed < len(choice.plan.steps))
-    assert "measured" in str(choice)
+    assert ran[0] is None and len(ran) == 1 + len(choice.measured) <= 1 + 3 * 4
+    assert max(quality for computed, quality in choice.measured if computed == len(choice.plan.steps)) >= 35
+    assert all(quality < 35 for computed, quality in choice.measured if computed < len(choice.plan.steps))
+    assert "to keep 35 dB" in str(choice)
+    ran.clear()
+    alone = ck.choose(trace, sample, "35 dB", spreads=(None,))
+    assert len(ran) <= 1 + 4 and len(alone.plan.steps) >= len(choice.plan.steps)
     nothing = ck.choose(trace, sample, 1000.0)
     assert len(nothing.plan.steps) == STEPS
     with pytest.raises(ArgumentError, match="at_least"):
         ck.choose(trace, sample, "very good")
     with pytest.raises(ArgumentTypeError, match="run"):
-        ck.choose(trace, None)
+        ck.choose(trace, None, "40 dB")
+
+
+def test_choosing_takes_the_plan_that_keeps_most():
+    trace = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14))
+    plans = [ck.plan(trace.carried(spread), computed=5) for spread in (None, 0.6, 0.2)]
+    assert len({plan.steps for plan in plans}) == 3
+    for wanted in plans:
+
+        def sample(policy: ck.Policy | None, wanted: ck.Plan = wanted) -> Tensor:
+            if policy is None:
+                return torch.zeros(1, 2)
+            nodes = [step for step, computes in enumerate(ck.deciders.plan(policy.decider, 14)) if computes]
+            return torch.full((1, 2), 0.001 if tuple(nodes) == wanted.steps else 0.1)
+
+        choice = ck.choose(trace, sample, computed=5, spreads=(None, 0.6, 0.2, 0.2), peak=1.0)
+        assert choice.plan.steps == wanted.steps and choice.at_least is None
+        assert [computed for computed, _ in choice.measured] == [5, 5, 5]  # no plan is run twice
+        assert max(quality for _, quality in choice.measured) == pytest.approx(60)
+        assert str(choice).endswith("dB") and "measured:" in str(choice)
+        assert ck.choose(trace, sample, computed=5, spreads=(None,), peak=1.0).plan == plans[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, "Give one of `at_least`"),
+        ({"at_least": "40 dB", "computed": 4}, "Give one of `at_least`"),
+        ({"computed": 11}, r"from 1 to 10, got 11"),
+        ({"computed": 2, "max_gap": 1}, r"from 5 to 10, got 2"),
+        ({"computed": 4, "spreads": ()}, "spreads"),
+        ({"computed": 4, "spreads": (0.0,)}, "spread"),
+    ],
+)
+def test_bad_choices_are_refused(options, named):
+    trace = ck.Trace.of(smooth(5, 10), 10)
+    with pytest.raises(ArgumentError, match=named):
+        ck.choose(trace, lambda policy: pytest.fail("nothing is to be run"), **options)
 
 
 # Calibrating --------------------------------------------------------------------------------------------------------
@@ -756,11 +823,11 @@ def test_a_trace_is_saved_whole(recorded, tmp_path):
     step = ck.cache(model_of("two"), ck.recording())
     states = {"transformer/cond": run(step, 0)[1], "transformer/uncond": run(step, 1)[1]}
     factors = {"transformer/cond": 1.5}
-    trace = ck.Trace.from_state(states, notes={"model": "tiny", "guidance": 2.0}, weights=factors)
+    trace = ck.Trace.from_state(states, notes={"model": "tiny", "guidance": 2.0}, weights=factors).carried(0.5)
     trace.save(tmp_path / "two.trace.safetensors")
     again = ck.Trace.load(tmp_path / "two.trace.safetensors")
     assert again.notes == {"model": "tiny", "guidance": "2.0"}
-    assert again.weights == trace.weights
+    assert again.weights == trace.weights and torch.equal(again.reach, trace.reach)
     assert list(again.streams) == list(trace.streams) and again.sites == trace.sites
     for name, sites in trace.streams.items():
         for site, each in sites.items():
