@@ -30,7 +30,7 @@ class Plan:
     kinds: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # the same by kind, where each has its own plan
     forecaster: str = "hold"  # name of what stands in
     site: str = "output"  # where it stands in: "output" or "chain"
-    error: float | None = None  # predicted, of all that the sampler goes, as a share of it
+    error: float | None = None  # predicted, of all that the sampler goes, as a share of it; carried, if the trace was
     timesteps: tuple[float, ...] = ()  # that it was planned for, empty where they are not known
     notes: dict[str, str] = field(default_factory=dict)  # of what was recorded, for people: model, scheduler, guidance
 

@@ -469,6 +469,22 @@ def test_a_cliff_is_told_and_where_it_is():
         ck.sweep(jumping(), ck.first_block_cache, [])
 
 
+def test_from_nothing_to_nearly_everything_is_a_cliff():
+    # A signal that is 0.1 whatever the step: one threshold computes all, the next one the first step alone.
+    probe = ck.Trace.of([torch.tensor([1.0]), *[torch.tensor([1.1]), torch.tensor([1.0])] * 5], 11, site="probe")
+    rest = ck.Trace.of(smooth(0, 11), 11, site="rest")
+    sites = {"probe": probe.streams[""]["probe"], "rest": rest.streams[""]["rest"]}
+    trace = ck.Trace({"": sites}, probe.timesteps, probe.step_sizes)
+    with pytest.warns(TraceWarning) as caught:
+        swept = ck.sweep(trace, ck.first_block_cache, [0.01, 0.05, 0.3])
+    ((below, above),) = swept.cliffs
+    assert 0.05 <= below < above <= 0.3 and above - below <= 0.02 * above
+    said = [str(each.message) for each in caught]
+    assert len(said) == 2
+    assert "first_block_cache(0.01) to first_block_cache(0.05) leave out no step" in said[0]
+    assert "goes from leaving out no step to" in said[1]
+
+
 def test_an_error_that_grows_by_degrees_is_no_cliff():
     values = [torch.tensor([1.0, 0.02 * step**2]) for step in range(60)]
     trace = ck.Trace.of(values, 60)
@@ -623,6 +639,8 @@ def test_targets(recorded):
         ({"speedup": 0.0}, "speedup"),
         ({"speedup": 20.0}, "speedup"),
         ({"speedup": 2.0, "costs": (1.0, 1.0)}, "costs"),
+        ({"speedup": 6.0, "always": (0, 3, 6, 9)}, "speedup"),
+        ({"speedup": 6.0, "max_gap": 1}, "speedup"),
         ({"computed": 3, "timesteps": [3.0, 2.0, 1.0]}, "resample"),
     ],
 )
@@ -764,6 +782,30 @@ def test_choosing_takes_the_plan_that_keeps_most():
         assert ck.choose(trace, sample, computed=5, spreads=(None,), peak=1.0).plan == plans[0]
 
 
+@pytest.mark.parametrize("ruin", ["far off", "not finite"])
+def test_a_sample_that_is_equal_does_not_hide_one_that_is_ruined(ruin):
+    trace, equal = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14)), torch.linspace(0, 1, 8).reshape(2, 4)
+    ruined = equal.clone()
+    ruined[1] += 0.5 if ruin == "far off" else math.nan
+    choice = ck.choose(trace, lambda policy: equal if policy is None else ruined, "60 dB")
+    assert len(choice.plan.steps) == 14 and all(quality < 60 for _, quality in choice.measured)
+    # Nor is the first plan taken because what it gave is no number.
+    first = ck.plan(trace, computed=5).steps
+
+    def sample(policy: ck.Policy | None):
+        computes = [] if policy is None else ck.deciders.plan(policy.decider, 14)
+        return (ruined if [n for n, each in enumerate(computes) if each] == list(first) else equal + 0.1).numpy()
+
+    choice = ck.choose(trace, sample, computed=5, spreads=(None, 0.6))
+    assert len(choice.measured) == 2 and choice.plan.steps != first
+
+
+@pytest.mark.parametrize("returned", [torch.tensor(1.0), torch.zeros(0, 3), "an image", None])
+def test_what_are_no_samples_is_refused(returned):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match="`run`"):
+        ck.choose(ck.Trace.of(smooth(5, 10), 10), lambda policy: returned, computed=4)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -773,6 +815,12 @@ def test_choosing_takes_the_plan_that_keeps_most():
         ({"computed": 2, "max_gap": 1}, r"from 5 to 10, got 2"),
         ({"computed": 4, "spreads": ()}, "spreads"),
         ({"computed": 4, "spreads": (0.0,)}, "spread"),
+        ({"computed": 4, "spreads": 0.5}, "spreads"),
+        ({"computed": True}, "computed"),
+        ({"computed": 4, "peak": 0.0}, "peak"),
+        ({"computed": 4, "peak": math.nan}, "peak"),
+        ({"at_least": "nan"}, "at_least"),
+        ({"at_least": True}, "at_least"),
     ],
 )
 def test_bad_choices_are_refused(options, named):
@@ -814,6 +862,9 @@ def test_a_polynomial_is_found_again():
             trace.fit_polynomial(degree)
     with pytest.raises(ArgumentError, match="probe"):
         other.fit_polynomial()
+    still = ck.Trace.of([torch.zeros(1)] * STEPS, STEPS, site="probe")
+    with pytest.raises(ArgumentError, match=r"probe.*zero"):
+        ck.Trace({"": {**still.streams[""], **other.streams[""]}}, one.timesteps, one.step_sizes).fit_polynomial(2)
 
 
 # Traces as values ---------------------------------------------------------------------------------------------------
@@ -851,6 +902,19 @@ def test_a_trace_of_matrices_that_do_not_fit_is_refused():
         ck.Trace({}, good.timesteps, good.step_sizes)
     with pytest.raises(ArgumentError, match="step_sizes"):
         ck.Trace.of(smooth(0, 5), 5, step_sizes=[1.0])
+    with pytest.raises(ArgumentError, match=r"`step_sizes`.*finite"):
+        ck.Trace.of(smooth(0, 2), 2, step_sizes=[1.0, math.nan])
+    spoilt = smooth(0, 5)
+    spoilt[3][0] = math.inf
+    with pytest.raises(ArgumentError, match=r"'output'.*step 3 is not finite"):
+        ck.Trace.of(spoilt, 5)
+    for wrong in (None, "trace"):
+        for use in (ck.plan, ck.frontier, ck.replay):
+            given = {"computed": 3} if use is ck.plan else {"policy": ck.taylorseer(2)} if use is ck.replay else {}
+            with pytest.raises(ArgumentTypeError, match="`trace`"):
+                use(wrong, **given)
+    with pytest.raises(ArgumentTypeError, match="`spread`"):
+        good.carried("half")
     with pytest.raises(ArgumentError, match="site"):
         ck.Trace.of(smooth(0, 5), 5, site="attention")
 
@@ -860,6 +924,30 @@ def test_step_sizes_are_those_of_the_timesteps():
     assert ck.Trace.of(smooth(0, 4), 4).step_sizes.tolist() == [1, 1, 1, 1]
     given = ck.Trace.of(smooth(0, 4), 4, step_sizes=[1, 2, 3, 4])
     assert given.step_sizes.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("times", "sizes"),
+    [
+        ([0.0, 100.0, 200.0, 400.0], [100, 100, 200, 200]),  # from data's end of the clock
+        ([800.0, 500.0, 500.0, 200.0, 200.0], [150, 150, 150, 150, 200]),  # Heun: at both ends of a step
+        ([800.0, 500.0, 200.0, 0.0], [300, 300, 200, 200]),
+        ([7.0, 7.0, 7.0], [1, 1, 1]),
+        ([math.nan, math.nan], [1, 1]),
+        ([800.0, 500.0, 600.0], [1, 1, 1]),
+        ([0.0], [1]),
+    ],
+)
+def test_step_sizes_of_other_clocks(times, sizes):
+    assert ck.Trace.of(smooth(0, len(times)), times).step_sizes.tolist() == sizes
+
+
+def test_a_later_start_is_no_more_noise():
+    whole = ck.Trace.of(smooth(0, 10), [1000.0 - 100 * step for step in range(10)]).carried(0.4)
+    late = ck.Trace.of(smooth(0, 4), [400.0, 300.0, 200.0, 100.0]).carried(0.4)
+    torch.testing.assert_close(late.reach, whole.reach[6:])
+    early = ck.Trace.of(smooth(0, 3), [1.0, 0.9, 0.8], step_sizes=[0.1, 0.1, 0.1]).carried(0.4)
+    torch.testing.assert_close(early.reach * 1000, whole.reach[:3])
 
 
 def test_steps_that_were_recorded_are_kept_when_resampled(recorded):
@@ -873,6 +961,16 @@ def test_steps_that_were_recorded_are_kept_when_resampled(recorded):
         trace.resample([1.0, 2.0])
     with pytest.raises(ArgumentError, match="the trace"):
         ck.Trace.of(smooth(0, 4), 4).resample([2.0, 1.0])
+
+
+def test_given_step_sizes_are_resampled_too():
+    times = [1000.0, 800.0, 600.0, 400.0, 200.0]
+    trace = ck.Trace.of(smooth(0, 5), times, step_sizes=[1, 2, 3, 4, 5])
+    torch.testing.assert_close(trace.resample(times).step_sizes, trace.step_sizes)
+    made = trace.resample([1000.0, 900.0, 600.0, 300.0]).step_sizes
+    assert made.tolist() == pytest.approx([0.5, 2.5, 5.0, 7.0])
+    twice = ck.Trace.of(smooth(0, 5), times, step_sizes=[2, 2, 2, 2, 2]).resample([1000.0, 500.0]).step_sizes
+    assert twice.tolist() == pytest.approx([5.0, 5.0])
 
 
 def test_resampling_is_near_what_would_have_been_recorded():

@@ -84,6 +84,37 @@ def test_a_plan_asks_the_pipeline_for_scheduler_and_guidance():
             image(made, guidance_scale=3.0)
 
 
+def test_each_of_two_transformers_is_recorded_with_its_own():
+    made = piped("wan_two")
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made)
+        first, second = run.trace("transformer"), run.trace("transformer_2")
+        ahead = float(second.timesteps[0])
+    # The last step of the first goes to where the second begins, not to the end.
+    assert float(first.step_sizes[-1]) == pytest.approx(float(first.timesteps[-1]) - ahead)
+    assert float(second.step_sizes.sum()) == pytest.approx(ahead)
+    guidance = made.pipe.guidance_scale
+    assert first.weights == {"cond": guidance, "uncond": 1 - guidance} and guidance != 2.0
+    assert second.weights == {"cond": 2.0, "uncond": -1.0}
+    policy = ck.planned(ck.plan(second, computed=2))
+    with ckd.cached(made.pipe, {"transformer_2": policy}):
+        image(made)
+        with pytest.raises(ArgumentError, match=r"`guidance` is 9\.0"):
+            image(made, guidance_scale_2=9.0)
+
+
+def test_a_scale_of_guidance_with_a_name_of_its_own_is_compared():
+    made = piped("qwen")
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made)
+    trace = run.trace()
+    assert trace.notes["true_cfg_scale"] == "3.0" and trace.weights == {"cond": 3.0, "uncond": -2.0}
+    with ckd.cached(made.pipe, ck.planned(ck.plan(trace, computed=4))):
+        image(made)
+        with pytest.raises(ArgumentError, match=r"`true_cfg_scale` is 9\.0"):
+            image(made, true_cfg_scale=9.0)
+
+
 # The command line ---------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +152,7 @@ def test_replay_is_what_the_library_says(recorded, tmp_path):
     table = call("replay", str(recorded))
     assert all(name in table for name in ("first_block_cache", "mag_cache", "taylorseer"))
     never = read("replay", str(recorded), "--method", "first_block_cache", "--at", "1e-9")
-    assert "leave out no step" in never["warnings"][0]
+    assert "leaves out no step" in never["warnings"][0]
 
 
 def test_plan_is_what_the_library_says(recorded, tmp_path):
@@ -163,6 +194,7 @@ def test_choose_takes_the_best_of_so_many_steps(recorded):
         (["plan", "TRACE", "--speedup", "2", "--costs", "cheap"], "no pair"),
         (["plan", "TRACE", "--computed", "4", "--forecaster", "spline"], "spline"),
         (["choose", "TRACE", "digits"], "Give one of"),
+        (["replay", "TRACE", "--method", "taylorseer", "--at", "2.5"], "whole"),
         (["choose", "TRACE", "digits", "--at-least", "good"], "at_least"),
     ],
 )

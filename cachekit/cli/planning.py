@@ -100,7 +100,7 @@ def replay(
     """What methods and their settings would have done to the recorded run, beside the best plans. No model runs.
 
     Settings are thresholds of first_block_cache, budgets of mag_cache (with the ratios of this recording), and
-    intervals of taylorseer, here on whole chains. A setting that does nothing is told, and one next to a cliff.
+    intervals of taylorseer, here on whole chains. Settings that do nothing are told, and those next to a cliff.
     """
     for name in method or ():
         if name not in SWEEPS:
@@ -113,7 +113,7 @@ def replay(
         made = {
             "first_block_cache": ck.first_block_cache,
             "mag_cache": lambda budget: ck.mag_cache(recorded.mag_ratios(), threshold=budget, retention=0.0),
-            "taylorseer": lambda interval: ck.taylorseer(int(interval), sites="chain"),
+            "taylorseer": lambda interval: ck.taylorseer(_whole(interval), sites="chain"),
         }
         swept, said = {}, []
         for name in method or SWEEPS:
@@ -121,7 +121,8 @@ def replay(
                 warnings.simplefilter("always", ck.TraceWarning)
                 swept[name] = ck.sweep(recorded, made[name], at or SWEEPS[name])
             said += [str(each.message) for each in caught]
-        plans = ck.frontier(recorded, forecaster=ck.forecasters.named(forecaster))
+        site = "output" if "output" in recorded.sites else "chain"
+        plans = ck.frontier(recorded, forecaster=ck.forecasters.named(forecaster), site=site)
         if picture is not None:
             replays = {name: each.replays for name, each in swept.items()}
             _draw(picture, lambda pictures: pictures.front(plans, replays))
@@ -241,6 +242,12 @@ def _about(trace: ck.Trace) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else None
+
+
+def _whole(number: float) -> int:
+    if not float(number).is_integer():
+        raise typer.BadParameter(f"an interval of taylorseer is whole, {number:g} is not", param_hint="--at")
+    return int(number)
 
 
 def _pair(text: str) -> tuple[float, float]:

@@ -63,10 +63,13 @@ class Call:
         variant: Callable[[Policy, bool | None], Policy],
         *,
         separate: bool,
+        scale: float | None,
     ) -> None:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.separate = separate
-        self.used_with: dict[str, Any] = {}  # of a call that has ended: scheduler and guidance
+        self.used_with: dict[str, dict[str, Any]] = {}  # of a call that has ended, by transformer
+        self.times: tuple[float, ...] = ()  # of a call that has ended: of the whole schedule
+        self._scale = scale  # what the call was given as `true_cfg_scale`
         self.stand_ins = {name: stand_in(model, self._calling(name), self._context) for name, model in models.items()}
         self._pipe = pipe
         self._models = models
@@ -85,7 +88,8 @@ class Call:
             stream.inputs = stream.step = None
             if stream.state is not None and not (stream.policy is not None and stream.policy.recorded):
                 stream.state = stream.state._replace(reference=(), sites={})
-        self.used_with = used_with(self._pipe)
+        self.used_with = {name: self._used_with(name) for name in self._models}
+        self.times = self._schedule.times
 
     @contextmanager
     def _context(self, name: str) -> Iterator[None]:
@@ -170,7 +174,7 @@ class Call:
                 index,
             )
             started = time.perf_counter()
-            check_made_for(policy.made_for, **used_with(self._pipe))
+            check_made_for(policy.made_for, **self._used_with(component))
             times = self._schedule.ahead(index or 0, component)
             state = stream.step.init(times or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
@@ -215,14 +219,16 @@ class Call:
             return self._variant(policy, None if name == BOTH or guided is False else True)
         return self._variant(policy, True if name in (COND, UNNAMED) else None)
 
-
-def used_with(pipe: Any) -> dict[str, Any]:
-    """What else than the transformer a trajectory depends on, where the pipeline tells."""
-    scheduler, guidance = getattr(pipe, "scheduler", None), getattr(pipe, "guidance_scale", None)
-    return {
-        "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "guidance": guidance if isinstance(guidance, (int, float)) else None,
-    }
+    def _used_with(self, component: str) -> dict[str, Any]:
+        """What else than the transformer a trajectory depends on, where the pipeline tells."""
+        scheduler, guidance = getattr(self._pipe, "scheduler", None), getattr(self._pipe, "guidance_scale", None)
+        if component.endswith("_2"):
+            guidance = getattr(self._pipe, "_guidance_scale_2", guidance)
+        return {
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "guidance": guidance if isinstance(guidance, (int, float)) else None,
+            "true_cfg_scale": self._scale,
+        }
 
 
 def _separate(policy: Policy | None) -> bool:

@@ -18,7 +18,7 @@ from cachekit.diffusers.configs import from_config, is_config
 from cachekit.diffusers.reports import Report, StreamReport
 from cachekit.diffusers.standins import MARK, pipeline_class
 from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
-from cachekit.planning.trace import Trace
+from cachekit.planning.trace import Trace, step_sizes
 from cachekit.policy import Policy
 from cachekit.state import State
 from cachekit.transform import CachedStep
@@ -109,20 +109,29 @@ class Run:
             there = ", ".join(self.states) or "no call yet"
             raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {there}.")
         call = self._last
-        used = call.used_with if call is not None else {}
-        notes = {"model": self._class.__name__, **{name: value for name, value in used.items() if value is not None}}
-        # Where guidance with two streams has a name of its own, the scale that is known is another one.
-        other = "true_cfg_scale" in inspect.signature(self._class.__call__).parameters
-        return Trace.from_state(states, notes=notes, weights={} if other else None)
+        assert call is not None
+        used = {name: value for name, value in call.used_with[transformer].items() if value is not None}
+        # The last step goes on to where the next transformer begins, which this one does not know.
+        begun, steps = call.streams[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
+        sizes = None if begun is None else step_sizes(call.times)[begun : begun + steps]
+        return Trace.from_state(states, step_sizes=sizes, notes={"model": self._class.__name__, **used})
 
     # What the classes in standins.py ask ----------------------------------------------------------------------
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
+    def opened(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         """A call of the pipeline, in this thread."""
         models = self._models()
         self._check(models)
-        call = Call(self._pipe, models, self._policy_of, self._step_of, self._variant, separate=self._separate)
+        call = Call(
+            self._pipe,
+            models,
+            self._policy_of,
+            self._step_of,
+            self._variant,
+            separate=self._separate,
+            scale=self._scale(args, kwargs),
+        )
         calls: list[Call] = self._here.__dict__.setdefault("calls", [])
         calls.append(call)
         self._last = call  # lets go of the one before, and of its memory
@@ -132,6 +141,16 @@ class Run:
             calls.pop()
             self._separate |= call.separate
             call.end()
+
+    def _scale(self, args: tuple, kwargs: dict[str, Any]) -> float | None:
+        """What the pipeline is given as the scale of guidance with two streams, where that has a name of its own."""
+        try:
+            bound = inspect.signature(self._class.__call__).bind(self._pipe, *args, **kwargs)
+        except TypeError:  # the pipeline itself says what is wrong
+            return None
+        bound.apply_defaults()
+        scale = bound.arguments.get("true_cfg_scale")
+        return scale if isinstance(scale, (int, float)) else None
 
     def owns(self, pipe: Any) -> bool:
         """Whether it is this pipeline, and not one that was made of its class meanwhile."""

@@ -26,8 +26,8 @@ class Scope(Protocol):
         """Whether it is enabled on this pipeline, and not on one that was made of its class meanwhile."""
         ...
 
-    def opened(self) -> AbstractContextManager[None]:
-        """A call of the pipeline."""
+    def opened(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        """A call of the pipeline, with these arguments."""
         ...
 
     def given(self, name: str) -> nn.Module | None:
@@ -62,7 +62,7 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
     def call(self, *args, **kwargs):
         if not scope.owns(self):
             return base.__call__(self, *args, **kwargs)
-        with scope.opened():
+        with scope.opened(args, kwargs):
             return base.__call__(self, *args, **kwargs)
 
     def reduce(self, protocol):

@@ -17,6 +17,9 @@ from cachekit.methods._first_block import check_forecaster
 from cachekit.plans import Plan
 from cachekit.policy import Policy
 
+MADE_FOR = ("scheduler", "guidance", "true_cfg_scale")
+"""What of the notes of a recording is compared, where it is known."""
+
 
 def planned(
     plan: Plan, *, forecaster: Forecaster | None = None, scheduler: str | None = None, guidance: float | None = None
@@ -43,10 +46,12 @@ def planned(
     """
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"`plan` must be a Plan, got {type(plan).__name__}. Plan.load reads one.")
+    if not plan.computed or not plan.computed[0] or plan.site not in ("output", "chain"):
+        raise ArgumentError("`plan` must compute step 0, and its site must be 'output' or 'chain'.")
     if plan.kinds:
         raise ArgumentError("`plan` has a plan for each kind of module. Give one for the output or for chains.")
     check_forecaster(forecaster)
-    made_for = {name: plan.notes[name] for name in ("scheduler", "guidance") if name in plan.notes}
+    made_for = {name: plan.notes[name] for name in MADE_FOR if name in plan.notes}
     check_made_for(made_for, scheduler=scheduler, guidance=guidance)
     made = forecaster or forecasters.named(plan.forecaster)
     return Policy(

@@ -13,12 +13,16 @@ from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
 from cachekit.methods._planned import planned
 from cachekit.planning.planner import frontier
-from cachekit.planning.trace import Trace
+from cachekit.planning.trace import Trace, check_trace
 from cachekit.plans import Plan
 from cachekit.policy import Policy
 
 SPREADS = (None, 1.0, 0.5)
 """How early errors may count, see `Trace.carried`: alike, and less and less."""
+
+
+ENOUGH = 100.0
+"""dB that a sample counts at most."""
 
 
 class Choice(NamedTuple):
@@ -56,11 +60,13 @@ def choose(
     Args:
         trace: of an uncached run.
         run: `run(policy)` samples under a policy, or uncached for None, always from the same noise, and returns what
-            is compared, [B, ...].
-        at_least: PSNR against the uncached samples that is to be kept, e.g. "40 dB"; the mean over the samples.
+            is compared, [B, ...]: a tensor or a NumPy array.
+        at_least: PSNR against the uncached samples that is to be kept, e.g. "40 dB"; the mean over the samples, of
+            which none counts more than 100 dB, so that one that is equal does not hide the others. Samples that are not
+            finite keep nothing.
         computed: how many steps compute, instead: of the plans for that many the one that keeps most.
         peak: range of the data; None for that of the uncached samples.
-        spreads: for which to plan; (None,) for one plan of each number of steps.
+        spreads: for which to plan, instead of that of the trace; (None,) for one plan of each number of steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 
     Returns:
@@ -89,8 +95,11 @@ def choose(
     wanted = math.inf if at_least is None else _decibels(at_least)
     if not callable(run):
         raise ArgumentTypeError(f"`run` must be a function of a policy, got {type(run).__name__}.")
-    if not spreads:
-        raise ArgumentError("`spreads` is empty. Give at least (None,).")
+    if not isinstance(spreads, Sequence) or not spreads:
+        raise ArgumentError(f"`spreads` must be a list of at least one, e.g. (None,), got {spreads!r}.")
+    if peak is not None and not (isinstance(peak, (int, float)) and 0 < peak < math.inf):
+        raise ArgumentError(f"`peak` must be positive, the range of the data, or None, got {peak!r}.")
+    check_trace(trace)
     fronts = [
         frontier(trace.carried(spread), forecaster=forecaster, site=site, max_gap=max_gap, always=always)
         for spread in spreads
@@ -98,17 +107,17 @@ def choose(
     # For every number of computed steps, the plans that differ.
     candidates = [tuple({plan.steps: plan for plan in plans}.values()) for plans in zip(*fronts, strict=True)]
     counts = [len(plans[0].steps) for plans in candidates]
-    if computed is not None and computed not in counts:
+    if computed is not None and (not isinstance(computed, int) or isinstance(computed, bool) or computed not in counts):
         raise ArgumentError(f"`computed` must be an int from {counts[0]} to {counts[-1]}, got {computed!r}.")
-    reference = run(None).detach()
+    reference = _samples(run(None))
     scale = peak if peak is not None else float(reference.max() - reference.min()) or 1.0
     measured: list[tuple[int, float]] = []
 
     def quality(plan: Plan) -> float:
-        samples = run(planned(plan, forecaster=forecaster)).detach()
+        samples = _samples(run(planned(plan, forecaster=forecaster)))
         if samples.shape != reference.shape:
             raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(reference.shape)}.")
-        kept = float(psnr(samples, reference, scale).mean())
+        kept = float(psnr(samples, reference, scale).clamp(max=ENOUGH).nan_to_num(-math.inf, neginf=-math.inf).mean())
         measured.append((len(plan.steps), kept))
         return kept
 
@@ -127,6 +136,17 @@ def choose(
     return Choice(enough, tuple(measured), wanted)
 
 
+def _samples(returned: Any) -> Tensor:
+    """What `run` returned."""
+    try:
+        samples = torch.as_tensor(returned).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"`run` must return samples [B, ...], got {type(returned).__name__}.") from error
+    if not samples.ndim or not samples.numel():
+        raise ArgumentError(f"`run` must return samples [B, ...], got {list(samples.shape)}.")
+    return samples
+
+
 def psnr(samples: Tensor, reference: Tensor, peak: float) -> Tensor:
     """Peak signal-to-noise ratio of every sample, `10 log10(peak^2 / MSE)` in dB: [B] float64, infinite where equal.
 
@@ -140,6 +160,9 @@ def psnr(samples: Tensor, reference: Tensor, peak: float) -> Tensor:
 
 def _decibels(at_least: Any) -> float:
     try:
-        return float(at_least.lower().removesuffix("db")) if isinstance(at_least, str) else float(at_least)
+        quality = float(at_least.lower().removesuffix("db")) if isinstance(at_least, str) else float(at_least)
+        if math.isnan(quality) or isinstance(at_least, bool):
+            raise ValueError(at_least)
+        return quality
     except (ValueError, TypeError) as error:
         raise ArgumentError(f'`at_least` must be a quality in dB, e.g. "40 dB", got {at_least!r}.') from error

@@ -12,7 +12,7 @@ from cachekit.deciders._decider import trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster, newton
 from cachekit.planning.replay import way
-from cachekit.planning.trace import Trace
+from cachekit.planning.trace import Trace, check_trace
 from cachekit.plans import Plan
 
 MEMORY = 3
@@ -65,15 +65,20 @@ def plan(
         5 of 8 steps computed  #..##.##
         newton 1 of the output in between, predicted error 0.0327
     """
+    check_trace(trace)
     if timesteps is not None:
         trace = _fitted(trace, timesteps, resample)
     steps = len(trace)
     given = {"computed": computed, "speedup": speedup, "error": error}
     if sum(value is not None for value in given.values()) != 1:
         raise ArgumentError("Give one of `computed`, `speedup` and `error`: what the plan is to reach.")
+    forced = _forced(steps, always)
     if speedup is not None:
         computed = _afforded(steps, speedup, costs)
-    forced = _forced(steps, always)
+        if computed < len(forced):
+            raise ArgumentError(
+                f"`speedup` {speedup!r} lets {computed} steps compute, and `always` has {len(forced)}. Ask for less."
+            )
     if computed is not None and (
         isinstance(computed, bool) or not isinstance(computed, int) or not len(forced) <= computed <= steps
     ):
@@ -83,12 +88,12 @@ def plan(
         fitting = [each for each in found if len(each.steps) == computed]
         if not fitting:
             raise ArgumentError(
-                f"No {computed} of {steps} steps fit `max_gap={max_gap}` and `always={sorted(forced)}`. Compute more, "
-                "or allow longer gaps."
+                f"No {computed} of {steps} steps{'' if speedup is None else f', as `speedup={speedup}` wants,'} fit "
+                f"`max_gap={max_gap}` and `always={sorted(forced)}`. Compute more, or allow longer gaps."
             )
         return fitting[0]
     assert error is not None
-    if not error >= 0:
+    if not isinstance(error, (int, float)) or not error >= 0:
         raise ArgumentError(f"`error` must be >= 0, got {error!r}. 0.01 is a hundredth of the way.")
     return next(each for each in found if each.error is not None and each.error <= error)
 
@@ -115,9 +120,12 @@ def frontier(
         >>> [f"{each.error:.3f}" for each in ck.frontier(trace, most=3)]
         ['0.714', '0.193', '0.057']
     """
-    if not isinstance(trace, Trace):
-        raise ArgumentTypeError(f"`trace` must be a Trace, got {type(trace).__name__}. Trace.from_state makes one.")
+    check_trace(trace)
     forecaster = forecaster or newton(1)
+    if not isinstance(forecaster, Forecaster):
+        raise ArgumentTypeError(
+            f"`forecaster` must be a Forecaster, got {type(forecaster).__name__}. cachekit.forecasters.named makes one."
+        )
     if site not in ("output", "chain"):
         raise ArgumentError(f'`site` must be "output" or "chain", got {site!r}.')
     if forecaster.weights is None or forecaster.memory is None or forecaster.memory > MEMORY:
@@ -246,6 +254,8 @@ class _Search:
 
 
 def _forced(steps: int, always: Sequence[int]) -> set[int]:
+    if not isinstance(always, Sequence):
+        raise ArgumentTypeError(f"`always` must be a list of steps, got {type(always).__name__}.")
     forced = {0, *always}
     if any(isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < steps for step in forced):
         raise ArgumentError(f"`always` must hold steps from 0 to {steps - 1}, got {list(always)}.")
@@ -254,6 +264,8 @@ def _forced(steps: int, always: Sequence[int]) -> set[int]:
 
 def _afforded(steps: int, speedup: float, costs: tuple[float, float]) -> int:
     """How many steps may compute for a speed-up."""
+    if len(costs) != 2 or not all(isinstance(each, (int, float)) for each in (*costs, speedup)):
+        raise ArgumentTypeError(f"`speedup` must be a number and `costs` two, got {speedup!r} and {costs!r}.")
     computing, skipping = costs
     if not computing > skipping >= 0:
         raise ArgumentError(f"`costs` must be of a computed step and, less, of one that is not, got {costs!r}.")

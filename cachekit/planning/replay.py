@@ -17,7 +17,7 @@ from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio
 from cachekit.errors import ArgumentError, ArgumentTypeError, TraceWarning
 from cachekit.forecasters import Forecaster
-from cachekit.planning.trace import Trace
+from cachekit.planning.trace import Trace, check_trace
 from cachekit.plans import pattern
 from cachekit.policy import Policy
 from cachekit.structure.layout import ALL
@@ -85,7 +85,8 @@ def replay(trace: Trace, policy: Policy | Iterable[Policy]) -> Replay | list[Rep
         step_mask(2 of 6, hold, output): 2 of 6 steps computed, error 0.263
           #..#..
     """
-    if isinstance(policy, Policy):
+    check_trace(trace)
+    if isinstance(policy, Policy) or not isinstance(policy, Iterable):
         return _replay(trace, policy)
     return [_replay(trace, each) for each in policy]
 
@@ -226,7 +227,8 @@ class Sweep(NamedTuple):
 def sweep(trace: Trace, make: Callable[[Any], Policy], settings: Iterable[float]) -> Sweep:
     """Replay a method at many settings, and look for cliffs: a small change that makes the error ten times as large.
 
-    Between two settings whose errors are that far apart it looks again, halfway, until they are within 2 %.
+    Between two settings whose errors are that far apart it looks again, halfway, until they are within 2 %. A cliff is
+    also where a small change goes from leaving out nothing to leaving out most steps.
 
     Args:
         trace: of an uncached run.
@@ -234,7 +236,7 @@ def sweep(trace: Trace, make: Callable[[Any], Policy], settings: Iterable[float]
         settings: numbers, e.g. thresholds.
 
     Warns:
-        TraceWarning: there is a cliff; or no setting leaves out a step.
+        TraceWarning: there is a cliff; or a setting leaves out no step.
 
     Example:
         >>> import torch, cachekit as ck
@@ -252,26 +254,34 @@ def sweep(trace: Trace, make: Callable[[Any], Policy], settings: Iterable[float]
         found = {setting: replay(trace, make(setting)) for setting in ordered}
         cliffs = []
         for low, high in itertools.pairwise(ordered):
-            if found[low].error and found[high].error > CLIFF * found[low].error:
+            if _apart(found[low], found[high]):
                 below, above = _cliff(trace, make, low, high, found)
                 if below is not None:
                     cliffs.append((below, above))
     made = tuple(found[setting] for setting in ordered)
-    if all(each.computed_steps == len(trace) for each in made):
-        warnings.warn(TraceWarning(f"{made[-1].policy} and below leave out no step of this trace."), stacklevel=2)
+    inert = [each.policy for each in made if each.computed_steps == len(trace)]
+    if inert and len(trace) > 1:
+        whose = f"{inert[0]} leaves" if len(inert) == 1 else f"{inert[0]} to {inert[-1]} leave"
+        warnings.warn(TraceWarning(f"{whose} out no step of this trace."), stacklevel=2)
     for below, above in cliffs:
-        warnings.warn(
-            TraceWarning(
-                f"Between {below:g} and {above:g} the predicted error of {found[ordered[0]].policy.partition('(')[0]} "
-                f"rises more than {CLIFF:g} times. Stay well below {below:g}."
-            ),
-            stacklevel=2,
-        )
+        name = found[below].policy.partition("(")[0]
+        if found[below].error:
+            text = f"the predicted error of {name} rises more than {CLIFF:g} times. Stay well below {below:g}."
+        else:
+            text = f"{name} goes from leaving out no step to {found[above].computed_steps:g} computed of {len(trace)}."
+        warnings.warn(TraceWarning(f"Between {below:g} and {above:g} {text}"), stacklevel=2)
     return Sweep(tuple(ordered), made, tuple(cliffs))
 
 
+def _apart(below: Replay, above: Replay) -> bool:
+    """Whether a cliff lies between two settings."""
+    if below.error == 0:
+        return below.computed_steps == below.steps and above.computed_steps < below.steps / 2
+    return above.error > CLIFF * below.error
+
+
 def _cliff(trace: Trace, make: Callable[[Any], Policy], low, high, found: dict[Any, Replay]) -> tuple[Any, Any]:
-    """The two settings between which the error jumps, or None where it rises by degrees."""
+    """The two settings between which the error jumps, or None where it rises by degrees; `found` has what was tried."""
     below, above = found[low], found[high]
     while high - low > NEAR * abs(high):
         middle = (low + high) / 2
@@ -279,13 +289,12 @@ def _cliff(trace: Trace, make: Callable[[Any], Policy], low, high, found: dict[A
             middle = (low + high) // 2
             if middle == low:
                 break
-        between = replay(trace, make(middle))
-        first = between.error / below.error if below.error else math.inf
-        second = above.error / between.error if between.error else math.inf
-        if first >= second:
-            high, above = middle, between
-        else:
-            low, below = middle, between
-        if not (below.error and above.error > CLIFF * below.error):
+        between = found[middle] = replay(trace, make(middle))
+        lower, upper = _apart(below, between), _apart(between, above)
+        if not (lower or upper):
             return None, None
+        if upper and not (lower and between.error**2 >= below.error * above.error):  # the steeper half
+            low, below = middle, between
+        else:
+            high, above = middle, between
     return low, high

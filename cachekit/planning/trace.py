@@ -73,6 +73,9 @@ class Trace:
             raise ArgumentError(
                 f"`spread` must be positive or None, got {self.spread!r}. 0.5 is half that of the noise."
             )
+        for name, each in (("step_sizes", self.step_sizes), ("weights", torch.tensor(list(self.weights.values())))):
+            if not bool(each.isfinite().all()):
+                raise ArgumentError(f"`{name}` must be finite, got {each.tolist()}.")
         if not self.streams:
             raise ArgumentError("`streams` is empty. A trace is of at least one stream.")
         if strange := [name for name in self.weights if name not in self.streams]:
@@ -83,6 +86,11 @@ class Trace:
                     raise ArgumentError(
                         f"The Gram matrix of {site!r} of stream {stream!r} is {list(recorded.gram.shape)}, and there "
                         f"are {steps} timesteps: give [{steps}, {steps}]."
+                    )
+                if spoilt := (~recorded.gram.diagonal().isfinite()).nonzero().flatten().tolist():
+                    raise ArgumentError(
+                        f"What was recorded of {site!r} of stream {stream!r} at step {spoilt[0]} is not finite. Record "
+                        "a run that is, in a wider type."
                     )
 
     def __len__(self) -> int:
@@ -110,12 +118,12 @@ class Trace:
             state: after the last step; or the states of several streams by name, {"cond": ..., "uncond": ...}, whose
                 errors then add up by their squares, each times its weight.
             step_sizes: [T], how far the sampler goes with each step: for Euler steps of flow matching the differences
-                of sigma. None takes those of the timesteps, down to 0, which is the same up to a factor; or 1
-                throughout where they are not known.
+                of sigma. None takes those of the timesteps, which is the same up to a factor; or 1 throughout where
+                they are not known.
             notes: for people, and for `cachekit.planned` to compare: model, scheduler, guidance.
             weights: with which factor the sampler takes the values of a stream. None for those of classifier-free
                 guidance, `g` for "cond" and `1 - g` for "uncond", where these are the streams and `notes` have the
-                guidance g; else 1.
+                guidance g, or g as "true_cfg_scale"; else 1.
 
         Raises:
             StateError: a trajectory is not finished, or was not run under `recording`; or they are not alike.
@@ -179,9 +187,11 @@ class Trace:
         """The same trace, with errors counted by how much of them the sampler carries to the end.
 
         An error of an early step is an error of what is mostly noise, and the steps after it take most of it back. Of
-        data as wide as `spread` times the noise, normally distributed, an error made at noise level t, from 1 down to
-        0, arrives as `spread / sqrt((1 - t)^2 spread^2 + t^2)` of itself. Real data is not, and steps that are left out
-        take nothing back: which spread plans best, if any, real runs tell. `cachekit.choose` tries several.
+        data as wide as `spread` times the noise, normally distributed, an error that is there at noise level t, from 1
+        down to 0, arrives as `spread / sqrt((1 - t)^2 spread^2 + t^2)` of itself. Real data is not, and steps that are
+        left out take nothing back: which spread plans best, if any, real runs tell. `cachekit.choose` tries several.
+
+        The noise level is the timestep, of 1 or of 1000, where timesteps fall; else the share of the way still ahead.
 
         Args:
             spread: standard deviation of the data over that of the noise; None counts all errors alike.
@@ -197,6 +207,8 @@ class Trace:
 
         Source: the flow of rectified flow, arXiv 2209.03003, solved for a normal distribution.
         """
+        if spread is not None and (isinstance(spread, bool) or not isinstance(spread, (int, float))):
+            raise ArgumentTypeError(f"`spread` must be a number or None, got {type(spread).__name__}.")
         return dataclasses.replace(self, spread=spread)
 
     @functools.cached_property
@@ -204,8 +216,17 @@ class Trace:
         """[T] float64: how far the sampler goes with an error of each step, in the end: its step size, carried."""
         if self.spread is None:
             return self.step_sizes
-        done = self.step_sizes.cumsum(0) / self.step_sizes.sum()  # of the way from noise to data
-        return self.step_sizes * self.spread / ((done * self.spread).square() + (1 - done).square()).sqrt()
+        left = self._left()
+        return self.step_sizes * self.spread / (((1 - left) * self.spread).square() + left.square()).sqrt()
+
+    def _left(self) -> Tensor:
+        """[T]: the noise level after each step."""
+        times, sizes = self.timesteps, self.step_sizes
+        if len(self) > 1 and bool((times.diff() <= 0).all()) and times[0] > times[-1] >= 0 and times[0] <= 1000:
+            # The last step goes as far as its size says, by the measure of those before it.
+            beyond = sizes[-1:] * (times[0] - times[-1]) / sizes[:-1].sum()
+            return torch.cat((times[1:], times[-1:] - beyond)).clamp(min=0) / (1000 if times[0] > 1 else 1)
+        return 1 - sizes.cumsum(0) / sizes.sum()
 
     def norm(self, site: str, coefficients: Tensor) -> Tensor:
         """The norms of combinations of the values of a site: coefficients [..., T] float64 -> [...]."""
@@ -269,6 +290,8 @@ class Trace:
                 steps = torch.arange(1, len(self))
                 into.append(sites[site].distances[steps, steps - 1] / sites[site].magnitudes[:-1])
         x, y = torch.cat(seen), torch.cat(went)
+        if not bool(x.isfinite().all() and y.isfinite().all()):
+            raise ArgumentError("The probe or the output is zero at a step, so what share of it changed is not known.")
         powers = torch.stack([x**power for power in range(degree, -1, -1)], dim=-1)
         return tuple(torch.linalg.lstsq(powers, y[:, None], driver="gelsd").solution[:, 0].tolist())
 
@@ -279,6 +302,11 @@ class Trace:
 
         Every value is taken as linear in the timestep between two recorded ones, and as that of the end beyond the
         ends: what a recording of that trajectory would give, as far as the sampler went the same way.
+
+        Args:
+            timesteps: of the trajectory.
+            step_sizes: of its steps; None for those of its timesteps, or, where the trace was given others, for as
+                much of their way as lies between two timesteps.
 
         Raises:
             ArgumentError: the timesteps of either are not known, or not in order.
@@ -294,7 +322,18 @@ class Trace:
             for name, sites in self.streams.items()
         }
         notes = {**self.notes, "resampled": f"from {len(self)} steps"}
-        return Trace(streams, times, _sizes(times, step_sizes), notes, self.weights, self.spread)
+        sizes = self._resampled(times) if step_sizes is None else _sizes(times, step_sizes)
+        return Trace(streams, times, sizes, notes, self.weights, self.spread)
+
+    def _resampled(self, times: Tensor) -> Tensor:
+        """Step sizes of another trajectory."""
+        own, sizes = step_sizes(self.timesteps), self.step_sizes
+        if torch.allclose(sizes * own.sum(), own * sizes.sum()):
+            return step_sizes(times) * (sizes.sum() / own.sum())
+        # The way that is gone at a timestep, and at the end, which is as far off as its step is long.
+        ends = [torch.cat((each, each[-1:] - step_sizes(each)[-1:])) for each in (self.timesteps, times)]
+        way = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+        return (between(*ends) @ way).diff()
 
     def _known(self, site: str) -> str:
         if site not in self.sites:
@@ -369,21 +408,43 @@ def _recorded(state: State) -> dict[str, Recorded]:
     return made
 
 
+def check_trace(trace: Any) -> None:
+    """Refuse what is no trace."""
+    if not isinstance(trace, Trace):
+        raise ArgumentTypeError(f"`trace` must be a Trace, got {type(trace).__name__}. Trace.from_state makes one.")
+
+
 def _sizes(times: Tensor, given: Sequence[float] | Tensor | None) -> Tensor:
-    if given is not None:
-        sizes = doubles(given)
-        if tuple(sizes.shape) != (len(times),):
-            raise ArgumentError(f"`step_sizes` is {list(sizes.shape)} for {len(times)} steps: give one a step.")
-        return sizes
-    if bool(times.isnan().any()):
+    if given is None:
+        return step_sizes(times)
+    sizes = doubles(given)
+    if tuple(sizes.shape) != (len(times),):
+        raise ArgumentError(f"`step_sizes` is {list(sizes.shape)} for {len(times)} steps: give one a step.")
+    return sizes
+
+
+def step_sizes(times: Sequence[float] | Tensor) -> Tensor:
+    """[T] float64: how far a sampler goes with each of its steps, up to a factor, as far as its timesteps tell.
+
+    Falling timesteps go down to 0; rising ones, and those that have come to 0, a step like the one before. A timestep
+    that is there again, as for Heun's method, which calls the model at both ends of a step, has the step shared among
+    its calls. Steps between timesteps that are not known, or go to and fro, are even.
+    """
+    times = doubles(times)
+    gone = times.diff()
+    if not bool(gone.any()) or bool(gone.isnan().any()) or not bool((gone <= 0).all() or (gone >= 0).all()):
         return torch.ones(len(times), dtype=torch.float64)
-    return torch.cat((times, times.new_zeros(1))).diff().neg()
+    last = times[-1:] if gone.sum() < 0 < times[-1] else gone[gone != 0][-1:]
+    sizes = torch.cat((gone, last)).abs()
+    step = torch.cat((sizes.new_ones(1), (sizes[1:] > 0).double())).cumsum(0).long() - 1  # to which each call belongs
+    whole = sizes.new_zeros(len(times)).index_add_(0, step, sizes)
+    return (whole / step.bincount(minlength=len(times)).clamp(min=1))[step]
 
 
 def _guided(streams: Mapping[str, Any], notes: Mapping[str, str]) -> dict[str, float]:
     """The factors of classifier-free guidance."""
     try:
-        guidance = float(notes["guidance"])
+        guidance = float(notes.get("true_cfg_scale") or notes["guidance"])
     except (KeyError, ValueError):
         return {}
     return {"cond": guidance, "uncond": 1 - guidance} if set(streams) == {"cond", "uncond"} else {}
