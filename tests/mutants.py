@@ -185,8 +185,8 @@ MUTANTS = (
     # What is left of an error at the end is little where noise is what most of it is of.
     Mutant(
         "planning/trace.py",
-        "((done * self.spread).square() + (1 - done).square()).sqrt()",
-        "(((1 - done) * self.spread).square() + done.square()).sqrt()",
+        "(((1 - left) * self.spread).square() + left.square()).sqrt()",
+        "((left * self.spread).square() + (1 - left).square()).sqrt()",
         "test_planning.py::test_errors_are_carried_as_the_flow_of_normal_data_carries_them",
     ),
     Mutant(
