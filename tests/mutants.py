@@ -201,6 +201,27 @@ MUTANTS = (
         "best = min(candidates",
         "test_planning.py::test_choosing_takes_the_plan_that_keeps_most",
     ),
+    # A sample that is equal does not make up for one that is ruined.
+    Mutant(
+        "planning/choosing.py",
+        ".clamp(max=ENOUGH)",
+        "",
+        "test_planning.py::test_a_sample_that_is_equal_does_not_hide_one_that_is_ruined",
+    ),
+    # Two calls of one step share it.
+    Mutant(
+        "planning/trace.py",
+        "(whole / step.bincount(minlength=len(times)).clamp(min=1))[step]",
+        "whole[step]",
+        "test_planning.py::test_step_sizes_of_other_clocks",
+    ),
+    # From nothing left out to most is no rise of an error, and a cliff.
+    Mutant(
+        "planning/replay.py",
+        "return below.computed_steps == below.steps and",
+        "return below.computed_steps < below.steps and",
+        "test_planning.py::test_from_nothing_to_nearly_everything_is_a_cliff",
+    ),
     # An error counts as far as the sampler goes with it.
     Mutant(
         "planning/planner.py",
