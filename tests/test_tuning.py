@@ -115,6 +115,69 @@ def test_a_scale_of_guidance_with_a_name_of_its_own_is_compared():
             image(made, true_cfg_scale=9.0)
 
 
+def test_what_is_guided_and_what_is_not_are_told_apart():
+    made, off = piped("qwen"), {"negative_prompt_embeds": None, "negative_prompt_embeds_mask": None}
+    plans = {}
+    for name, changed in (("guided", {}), ("plain", off)):
+        with ckd.cached(made.pipe, ck.recording("output")) as run:
+            image(made, **changed)
+        trace = run.trace()
+        plans[name] = ck.planned(ck.plan(trace, computed=4))
+        assert ("true_cfg_scale" in trace.notes) == (name == "guided") == bool(trace.weights)
+        assert trace.notes["streams"] == ("cond, uncond" if name == "guided" else "cond")
+    with ckd.cached(made.pipe, plans["plain"]):
+        image(made, true_cfg_scale=9.0, **off)  # a scale that scales nothing
+        with pytest.raises(ArgumentError, match="`streams` is 'cond, uncond'"):
+            image(made)
+    with ckd.cached(made.pipe, plans["guided"]):
+        image(made)
+        with pytest.raises(ArgumentError, match="`streams` is 'cond'"):
+            image(made, **off)
+    # One branch is recorded, the other runs without a cache, or with one: both have been there.
+    for other in (None, ck.step_mask([1, 0] * STEPS)):
+        with ckd.cached(made.pipe, {"cond": ck.recording("output"), **({"uncond": other} if other else {})}) as run:
+            image(made, num_inference_steps=2 * STEPS)
+        trace = run.trace()
+        assert list(trace.streams) == ["cond"] and trace.notes["streams"] == "cond, uncond"
+        with ckd.cached(made.pipe, {"cond": ck.planned(ck.plan(trace, computed=4))}):
+            image(made, num_inference_steps=2 * STEPS)
+
+
+def test_guidance_that_changes_on_the_way_is_that_of_the_start():
+    made = piped("flux")
+
+    def stronger(pipe, step, timestep, values):
+        pipe._guidance_scale += 1.0
+        return values
+
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made, guidance_scale=3.0, callback_on_step_end=stronger)
+    trace = run.trace()
+    assert trace.notes["guidance"] == "3.0"
+    with ckd.cached(made.pipe, ck.planned(ck.plan(trace, computed=4))):
+        image(made, guidance_scale=3.0, callback_on_step_end=stronger)
+        with pytest.raises(ArgumentError, match=r"`guidance` is 4\.0"):
+            image(made, guidance_scale=4.0)
+
+
+def test_a_call_can_be_asked_for_its_trace_before_it_ends():
+    made, asked = piped("flux"), []
+
+    def ask(pipe, step, timestep, values):
+        if step == STEPS - 1:
+            asked.append(run.trace())
+        else:
+            with pytest.raises(StateError, match=f"{step + 1} of {STEPS} steps"):
+                run.trace()
+        return values
+
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made, callback_on_step_end=ask)
+    (early,) = asked
+    assert torch.equal(early.gram("output"), run.trace().gram("output")) and early.notes == run.trace().notes
+    assert torch.equal(early.step_sizes, run.trace().step_sizes)
+
+
 # The command line ---------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,11 @@ class Stream:
     setup: float = 0.0  # of them, to look at the model and to make states
     bytes: int = 0
 
+    @property
+    def recorded(self) -> bool:
+        """Whether its state is a recording."""
+        return self.policy is not None and bool(self.policy.recorded)
+
 
 class Call:
     """One call of a pipeline, in one thread.
@@ -67,8 +72,7 @@ class Call:
     ) -> None:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.separate = separate
-        self.used_with: dict[str, dict[str, Any]] = {}  # of a call that has ended, by transformer
-        self.times: tuple[float, ...] = ()  # of a call that has ended: of the whole schedule
+        self.used_with: dict[str, dict[str, Any]] = {}  # by transformer, at the start of its last trajectory
         self._scale = scale  # what the call was given as `true_cfg_scale`
         self.stand_ins = {name: stand_in(model, self._calling(name), self._context) for name, model in models.items()}
         self._pipe = pipe
@@ -86,10 +90,19 @@ class Call:
         self.stand_ins.clear()
         for stream in self.streams.values():
             stream.inputs = stream.step = None
-            if stream.state is not None and not (stream.policy is not None and stream.policy.recorded):
+            if stream.state is not None and not stream.recorded:
                 stream.state = stream.state._replace(reference=(), sites={})
-        self.used_with = {name: self._used_with(name) for name in self._models}
-        self.times = self._schedule.times
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The whole schedule."""
+        return self._schedule.times
+
+    def called(self, component: str, times: int) -> str:
+        """The streams of a transformer that were called so many times or more, cached or not: whether it is guided."""
+        return ", ".join(
+            name for (of, name), each in self.streams.items() if of == component and len(each.computed) >= times
+        )
 
     @contextmanager
     def _context(self, name: str) -> Iterator[None]:
@@ -174,11 +187,14 @@ class Call:
                 index,
             )
             started = time.perf_counter()
-            check_made_for(policy.made_for, **self._used_with(component))
+            used = self.used_with[component] = self._used_with(component)
+            check_made_for(policy.made_for, **used)
             times = self._schedule.ahead(index or 0, component)
             state = stream.step.init(times or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
             stream.setup += time.perf_counter() - started
+        if int(state.step) == 1:  # by now every stream of a step has come, and this one not again
+            check_made_for(policy.made_for, streams=self.called(component, 1))
         out, stream.state = _of(stream.step)(state, *args, **kwargs)
         stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
         return out

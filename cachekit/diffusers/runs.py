@@ -102,18 +102,22 @@ class Run:
             ArgumentError: the last call recorded nothing of it.
             StateError: it was not finished.
         """
-        states = {
-            name.partition("/")[2]: state for name, state in self.states.items() if name.startswith(f"{transformer}/")
-        }
-        if not states:
-            there = ", ".join(self.states) or "no call yet"
-            raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {there}.")
         call = self._last
-        assert call is not None
+        there = {} if call is None else {key: each for key, each in call.streams.items() if each.state is not None}
+        states = {name: stream.state for (of, name), stream in there.items() if of == transformer}
+        if call is None or not states:
+            named = ", ".join(map("/".join, there)) or "no call yet"
+            raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {named}.")
+        # Beside one that is recorded another may be cached.
+        recorded = {name: state for name, state in states.items() if there[transformer, name].recorded}
+        states = recorded or states
         used = {name: value for name, value in call.used_with[transformer].items() if value is not None}
         # The last step goes on to where the next transformer begins, which this one does not know.
-        begun, steps = call.streams[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
+        begun, steps = there[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
         sizes = None if begun is None else step_sizes(call.times)[begun : begun + steps]
+        used["streams"] = call.called(transformer, steps)
+        if "," not in used["streams"]:  # nothing was guided by it
+            used.pop("true_cfg_scale", None)
         return Trace.from_state(states, step_sizes=sizes, notes={"model": self._class.__name__, **used})
 
     # What the classes in standins.py ask ----------------------------------------------------------------------

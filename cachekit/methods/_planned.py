@@ -17,7 +17,7 @@ from cachekit.methods._first_block import check_forecaster
 from cachekit.plans import Plan
 from cachekit.policy import Policy
 
-MADE_FOR = ("scheduler", "guidance", "true_cfg_scale")
+MADE_FOR = ("scheduler", "guidance", "true_cfg_scale", "streams")
 """What of the notes of a recording is compared, where it is known."""
 
 
