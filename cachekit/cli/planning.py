@@ -38,7 +38,7 @@ CHOOSE = """\b
 Examples:
   cachekit choose digits.trace.safetensors digits --at-least "40 dB" --out digits.plan.json
   cachekit choose cat.trace.safetensors ./my-pipeline --prompt "a dog" --seed 7 --at-least 30
-  cachekit choose digits.trace.safetensors digits --computed 9
+  cachekit choose digits.trace.safetensors digits --computed 9 --refine 20
 """
 
 Recording = Annotated[Path, typer.Argument(metavar="TRACE", exists=True, dir_okay=False, help="What `record` wrote.")]
@@ -192,6 +192,9 @@ def choose(
         str | None, typer.Option(help='PSNR against the uncached samples to keep, e.g. "40 dB".')
     ] = None,
     computed: Annotated[int | None, typer.Option(min=1, help="Steps to compute, instead.")] = None,
+    refine: Annotated[
+        int, typer.Option(min=0, help="More runs, each with one step of the best plan so far moved.")
+    ] = 0,
     peak: Annotated[float | None, typer.Option(help="Range of the data; that of the samples if not.")] = None,
     prompt: sources.Prompts = None,
     given: sources.Call = None,
@@ -208,7 +211,7 @@ def choose(
     options.writable("--out", out)
     with options.refusals():
         recorded = ck.Trace.load(trace)
-        runs = 4 if computed else 3 * len(recorded).bit_length() + 1
+        runs = 1 + 5 * (1 if computed else len(recorded).bit_length()) + refine  # at most
         with _progress("choose", runs * len(recorded)) as tick:
             subject = sources.source(model, prompt, len(recorded), seed, given, device, dtype, tick)
             choice = ck.choose(
@@ -217,6 +220,7 @@ def choose(
                 at_least,
                 computed=computed,
                 peak=peak,
+                refine=refine,
                 forecaster=ck.forecasters.named(forecaster),
                 site=site,
                 max_gap=max_gap,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster
 from cachekit.methods._planned import planned
-from cachekit.planning.planner import frontier
+from cachekit.planning.planner import computing, frontier
 from cachekit.planning.trace import Trace, check_trace
 from cachekit.plans import Plan
 from cachekit.policy import Policy
@@ -20,6 +22,12 @@ from cachekit.policy import Policy
 SPREADS = (None, 1.0, 0.5)
 """How early errors may count, see `Trace.carried`: alike, and less and less."""
 
+
+INTERVALS = 2
+"""How many even intervals are tried: the shortest with so few computed steps, and those that leave more for the end."""
+
+FAR = 2
+"""How many steps a computed step is moved at most, of a plan that is refined."""
 
 ENOUGH = 100.0
 """dB that a sample counts at most."""
@@ -46,6 +54,8 @@ def choose(
     computed: int | None = None,
     peak: float | None = None,
     spreads: Sequence[float | None] = SPREADS,
+    even: bool = True,
+    refine: int = 0,
     forecaster: Forecaster | None = None,
     site: str = "output",
     max_gap: int | None = None,
@@ -53,9 +63,11 @@ def choose(
 ) -> Choice:
     """The plan with the fewest computed steps that keeps a quality, or the best one of so many, by a few real runs.
 
-    How much of an error arrives in the samples a recording does not say. So of every number of computed steps there are
-    several plans, each the best for another `Trace.carried`, and what they keep is measured. The number of computed
-    steps is halved in on: some six numbers for 50 steps, each up to three runs, which cost as much as their plans.
+    How much of an error arrives in the samples a recording does not say, and where few steps compute the loop goes
+    elsewhere than it did. So of every number of computed steps there are several candidates, and what they keep is
+    measured: the best plans for several `Trace.carried`, and even intervals that end in a row of computed steps. The
+    number of computed steps is halved in on: some six numbers for 50 steps, each up to five runs, which cost as much as
+    their plans. More runs then make the best of them better, one moved step at a time.
 
     Args:
         trace: of an uncached run.
@@ -67,6 +79,10 @@ def choose(
         computed: how many steps compute, instead: of the plans for that many the one that keeps most.
         peak: range of the data; None for that of the uncached samples.
         spreads: for which to plan, instead of that of the trace; (None,) for one plan of each number of steps.
+        even: whether even intervals are tried as well.
+        refine: how many more runs to make, each of the best plan so far with one computed step moved by one or two, in
+            the order of predicted errors; what keeps more is the best from there on. With `at_least` they are spent on
+            still fewer steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 
     Returns:
@@ -99,41 +115,129 @@ def choose(
         raise ArgumentError(f"`spreads` must be a list of at least one, e.g. (None,), got {spreads!r}.")
     if peak is not None and not (isinstance(peak, (int, float)) and 0 < peak < math.inf):
         raise ArgumentError(f"`peak` must be positive, the range of the data, or None, got {peak!r}.")
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ArgumentError(f"`refine` must be an int >= 0, a number of runs, got {refine!r}.")
     check_trace(trace)
-    fronts = [
-        frontier(trace.carried(spread), forecaster=forecaster, site=site, max_gap=max_gap, always=always)
-        for spread in spreads
-    ]
-    # For every number of computed steps, the plans that differ.
-    candidates = [tuple({plan.steps: plan for plan in plans}.values()) for plans in zip(*fronts, strict=True)]
-    counts = [len(plans[0].steps) for plans in candidates]
+    plans = _Plans(trace, spreads, even, forecaster, site, max_gap, always)
+    counts = plans.counts
     if computed is not None and (not isinstance(computed, int) or isinstance(computed, bool) or computed not in counts):
         raise ArgumentError(f"`computed` must be an int from {counts[0]} to {counts[-1]}, got {computed!r}.")
-    reference = _samples(run(None))
-    scale = peak if peak is not None else float(reference.max() - reference.min()) or 1.0
-    measured: list[tuple[int, float]] = []
-
-    def quality(plan: Plan) -> float:
-        samples = _samples(run(planned(plan, forecaster=forecaster)))
-        if samples.shape != reference.shape:
-            raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(reference.shape)}.")
-        kept = float(psnr(samples, reference, scale).clamp(max=ENOUGH).nan_to_num(-math.inf, neginf=-math.inf).mean())
-        measured.append((len(plan.steps), kept))
-        return kept
-
+    runs = _Runs(run, peak, forecaster)
     if computed is not None:
-        best = max(candidates[counts.index(computed)], key=quality)
-        return Choice(best, tuple(measured), None)
+        best = runs.best(plans.of(computed))
+        best = runs.refined(best, plans, most=len(runs.measured) + refine)
+        return Choice(best, tuple(runs.measured), None)
     # The last one computes every step: it is what it is held against.
-    low, high, enough = 0, len(candidates) - 1, candidates[-1][0]
+    low, high, enough = 0, len(counts) - 1, plans.of(counts[-1])[0]
     while low < high:
         middle = (low + high) // 2
-        found = next((plan for plan in candidates[middle] if quality(plan) >= wanted), None)
+        found = next((plan for plan in plans.of(counts[middle]) if runs.kept(plan) >= wanted), None)
         if found is None:
             low = middle + 1
         else:
             high, enough = middle, found
-    return Choice(enough, tuple(measured), wanted)
+    most = len(runs.measured) + refine
+    while high > 0 and len(runs.measured) < most:
+        high -= 1
+        found = runs.refined(runs.best(plans.of(counts[high]), most), plans, most, wanted)
+        if runs.kept(found) < wanted:
+            break
+        enough = found
+    return Choice(enough, tuple(runs.measured), wanted)
+
+
+class _Plans:
+    """The plans that may be run."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        spreads: Sequence[float | None],
+        even: bool,
+        forecaster: Forecaster | None,
+        site: str,
+        max_gap: int | None,
+        always: Sequence[int],
+    ) -> None:
+        fronts = [
+            frontier(trace.carried(spread), forecaster=forecaster, site=site, max_gap=max_gap, always=always)
+            for spread in spreads
+        ]
+        self.counts = [len(plan.steps) for plan in fronts[0]]
+        self._by_count = {len(plans[0].steps): plans for plans in zip(*fronts, strict=True)}
+        self._even = even
+        self._plan = functools.cache(lambda nodes: computing(trace, nodes, forecaster=forecaster, site=site))
+        self._steps, self._longest, self._forced = len(trace), max_gap, {0, *always}
+
+    def of(self, count: int) -> tuple[Plan, ...]:
+        """Of so many computed steps, those that differ."""
+        even = map(self._plan, filter(self._fits, _even(self._steps, count))) if self._even else ()
+        return tuple({plan.steps: plan for plan in (*self._by_count[count], *even)}.values())
+
+    def near(self, plan: Plan) -> list[Plan]:
+        """The plan with one step moved, by predicted error."""
+        moved = (
+            tuple(sorted({*plan.steps, step + by} - {step}))
+            for step in plan.steps
+            for by in range(-FAR, FAR + 1)
+            if 0 < step + by < self._steps and step + by not in plan.steps
+        )
+        return sorted(map(self._plan, filter(self._fits, moved)), key=lambda each: each.error)
+
+    def _fits(self, nodes: tuple[int, ...]) -> bool:
+        longest = max(end - node - 1 for node, end in itertools.pairwise((*nodes, self._steps)))
+        return self._forced <= {*nodes} and (self._longest is None or longest <= self._longest)
+
+
+def _even(steps: int, count: int) -> Iterator[tuple[int, ...]]:
+    """So many steps: every n-th from step 0 on, then a row of them up to the last."""
+    shortest = next(interval for interval in range(1, steps + 1) if len(range(0, steps, interval)) <= count)
+    for interval in range(shortest, min(shortest + INTERVALS, steps + 1)):
+        # As the row gets longer by a step there is one more of them, or as many.
+        rows = (tuple(sorted({*range(0, start, interval), *range(start, steps)})) for start in range(steps, 0, -1))
+        yield next(nodes for nodes in rows if len(nodes) == count)
+
+
+class _Runs:
+    """Real runs, and what the plans of them keep."""
+
+    def __init__(
+        self, run: Callable[[Policy | None], Tensor], peak: float | None, forecaster: Forecaster | None
+    ) -> None:
+        self.measured: list[tuple[int, float]] = []
+        self._run, self._forecaster = run, forecaster
+        self._reference = _samples(run(None))
+        if not bool(self._reference.isfinite().all()):
+            raise ArgumentError("`run` returned samples that are not finite without a cache: nothing to compare with.")
+        self._peak = peak if peak is not None else float(self._reference.max() - self._reference.min()) or 1.0
+        self._kept: dict[tuple[int, ...], float] = {}
+
+    def kept(self, plan: Plan) -> float:
+        """PSNR in dB, by a run if there was none of it yet."""
+        if plan.steps not in self._kept:
+            samples = _samples(self._run(planned(plan, forecaster=self._forecaster)))
+            if samples.shape != self._reference.shape:
+                raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(self._reference.shape)}.")
+            each = psnr(samples, self._reference, self._peak).clamp(max=ENOUGH)
+            self._kept[plan.steps] = float(each.nan_to_num(-math.inf, neginf=-math.inf).mean())
+            self.measured.append((len(plan.steps), self._kept[plan.steps]))
+        return self._kept[plan.steps]
+
+    def best(self, plans: Sequence[Plan], most: float = math.inf) -> Plan:
+        """The plan that keeps most, of those that `most` runs in all leave time for; the first in any case."""
+        return max((plan for n, plan in enumerate(plans) if not n or self._may(plan, most)), key=self.kept)
+
+    def refined(self, best: Plan, plans: _Plans, most: int, wanted: float = math.inf) -> Plan:
+        """A plan that keeps more, or as much as is wanted, found by moving one step at a time."""
+        while len(self.measured) < most and self.kept(best) < min(wanted, ENOUGH):
+            near = next((plan for plan in plans.near(best) if plan.steps not in self._kept), None)
+            if near is None:
+                break
+            best = max(best, near, key=self.kept)
+        return best
+
+    def _may(self, plan: Plan, most: float) -> bool:
+        return plan.steps in self._kept or len(self.measured) < most
 
 
 def _samples(returned: Any) -> Tensor:
@@ -142,6 +246,8 @@ def _samples(returned: Any) -> Tensor:
         samples = torch.as_tensor(returned).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(f"`run` must return samples [B, ...], got {type(returned).__name__}.") from error
+    if samples.dtype is torch.bool or samples.is_complex():
+        raise ArgumentError(f"`run` must return real numbers, got {samples.dtype}.")
     if not samples.ndim or not samples.numel():
         raise ArgumentError(f"`run` must return samples [B, ...], got {list(samples.shape)}.")
     return samples

@@ -11,7 +11,7 @@ from torch import Tensor
 from cachekit.deciders._decider import trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError
 from cachekit.forecasters import Forecaster, newton
-from cachekit.planning.replay import way
+from cachekit.planning.replay import errors_of, way
 from cachekit.planning.trace import Trace, check_trace
 from cachekit.plans import Plan
 
@@ -139,15 +139,24 @@ def frontier(
     forced = _forced(steps, always)
     trace.gram(site)  # or an error that says what was recorded
     search = _Search(trace, forecaster, site, steps if max_gap is None else max_gap, sorted(forced))
-    whole, plans = way(trace, site), []
+    whole = way(trace, site)
+    return tuple(
+        _plan(trace, nodes, math.sqrt(cost) / whole, forecaster, site)
+        for cost, nodes in search.best(steps if most is None else most)
+    )
+
+
+def computing(trace: Trace, nodes: Sequence[int], *, forecaster: Forecaster | None, site: str) -> Plan:
+    """The plan that computes these steps, with its predicted error."""
+    forecaster = forecaster or newton(1)
+    _, error = errors_of(trace, site, dict.fromkeys(trace.streams, tuple(nodes)), forecaster)
+    return _plan(trace, nodes, error, forecaster, site)
+
+
+def _plan(trace: Trace, nodes: Sequence[int], error: float, forecaster: Forecaster, site: str) -> Plan:
+    mask = tuple(step in nodes for step in range(len(trace)))
     times = () if bool(trace.timesteps.isnan().any()) else trace.times
-    for cost, nodes in search.best(steps if most is None else most):
-        mask = tuple(step in nodes for step in range(steps))
-        predicted = math.sqrt(cost) / whole
-        plans.append(
-            Plan(mask, forecaster=forecaster.name, site=site, error=predicted, timesteps=times, notes={**trace.notes})
-        )
-    return tuple(plans)
+    return Plan(mask, forecaster=forecaster.name, site=site, error=error, timesteps=times, notes={**trace.notes})
 
 
 class _Search:
