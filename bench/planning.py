@@ -1,9 +1,9 @@
 """What planning takes, and what it gives: `python bench/planning.py`; see README.md beside it.
 
 Two parts. `speed`: the search, and the replay of one policy, at 50 and 100 steps. `quality`: plans from one recording
-of the digits model, as they are and chosen by runs of the recorded digits, run on other digits and other noise, beside
-every method of the guide at its own numbers of computed steps; how well predicted errors rank real runs; and what a
-plan from a recording of another length costs.
+of the digits model, as they are, and chosen and refined by runs of the recorded digits, run on other digits and other
+noise, beside every method of the guide at its own numbers of computed steps, TaylorSeer at all of them; how well
+predicted errors rank real runs; and what a plan from a recording of another length costs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from cachekit.demo.runs import FEWER, UNCACHED, Setting, run
 from cachekit.diffusers import digits
 
 STEPS = 50
-BUDGETS = (8, 9, 10, 11, 13, 14, 17, 18, 19, 22, 25, 28, 30)
+BUDGETS = range(8, 31)
+REFINE = 30
+"""Runs that are spent on a chosen plan."""
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -102,10 +104,22 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
     for budget, skips in ((0.03, 2), (0.06, 2), (0.06, 3), (0.12, 4), (0.2, 6)):
         policy = ck.mag_cache(trace.mag_ratios(), threshold=budget, max_skips=skips, retention=0.0)
         yield Setting("mag_cache", f"{budget:g} ({skips})", STEPS, policy)
-    for interval in (2, 3, 4, 5):
-        yield Setting("taylorseer", f"{interval}", STEPS, ck.taylorseer(interval, warmup=2))
-    for interval in (2, 3, 4, 5, 6):
-        yield Setting("taylorseer, output", f"{interval}", STEPS, ck.taylorseer(interval, warmup=1, sites="output"))
+    for warmup in (1, 2, 3):
+        for interval in (2, 3, 4, 5, 6, 7):
+            output = ck.taylorseer(interval, warmup=warmup, sites="output")
+            yield Setting("taylorseer, output", f"{interval} ({warmup})", STEPS, output)
+            if warmup == 2:
+                yield Setting("taylorseer", f"{interval} ({warmup})", STEPS, ck.taylorseer(interval, warmup=warmup))
+    # Even intervals that end in computed steps, as many as the number of them leaves.
+    for budget in BUDGETS:
+        for interval in (math.ceil(STEPS / budget), math.ceil(STEPS / budget) + 1):
+            for sites in ("output", "attention+mlp") if interval * budget < STEPS + budget else ("output",):
+                for after in range(STEPS + 1):
+                    policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
+                    if sum(ck.deciders.plan(policy.decider, STEPS) or ()) == budget:
+                        name = "taylorseer, output" if sites == "output" else "taylorseer"
+                        yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
+                        break
     for spatial, cross in ((2, None), (2, 4), (3, 6)):
         policy = ck.pyramid_attention_broadcast(spatial, cross=cross)
         yield Setting("pyramid_attention_broadcast", f"{spatial} ({cross})", STEPS, policy)
@@ -122,10 +136,7 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     model = digits.load()
     trace = runs.record(model, STEPS, seed=1)
     found = ck.frontier(trace, most=max(BUDGETS))
-    plans_by = {
-        "planned": {f"{budget}": found[budget - 1] for budget in BUDGETS},
-        "chosen": {f"{budget}": plan for budget, plan in choices(model, trace).items()},
-    }
+    plans_by = {"planned": {f"{budget}": found[budget - 1] for budget in BUDGETS}, **choices(model, trace)}
     settings = [
         Setting(group, budget, STEPS, ck.planned(plan))
         for group, by_budget in plans_by.items()
@@ -172,10 +183,10 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     ]
     predicted = [ck.replay(trace, mask([step in nodes for step in range(STEPS)])).error for nodes in random]
     rank = spearman([-error for error in predicted], measured) if random else None
-    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'chosen, no more steps':>24}")
+    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'refined, no more steps':>24}")
     for row in rows:
-        row["chosen"] = best = _chosen_at(row["computed"], rows)
-        versus = "" if row["group"] == "chosen" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
+        row["refined"] = best = _refined_at(row["computed"], rows)
+        versus = "" if row["group"] == "refined" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
         mark = "*" if row["partial"] else " "
         name = f"{row['group']} {row['detail']}"
         print(f"{name:<36} {row['computed']:>7.1f}{mark} {row['psnr']:>6.1f} {row['spread'] or 0:>6.2f} {versus:>24}")
@@ -194,16 +205,22 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     }
 
 
-def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[int, ck.Plan]:
-    """For every budget the plan that does best on the digits and the noise of the recording."""
+def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[str, dict[str, ck.Plan]]:
+    """For every budget the plan that does best on the digits and the noise of the recording, without and with moves."""
     labels, seed = runs.recorded_labels(), 1
-    uncached = run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
+    known: dict[tuple[bool, ...] | None, Tensor] = {}
 
     def sample(policy: ck.Policy | None) -> Tensor:
-        return uncached if policy is None else run(model, Setting("", "", STEPS, policy), labels, seed).samples
+        computed = None if policy is None else ck.deciders.plan(policy.decider, STEPS)
+        if computed not in known:
+            known[computed] = run(model, Setting(UNCACHED, "", STEPS, policy), labels, seed).samples
+        return known[computed]
 
-    budgets = tqdm(BUDGETS, desc="choose", unit="budget", dynamic_ncols=True)
-    return {budget: ck.choose(trace, sample, computed=budget, peak=2.0).plan for budget in budgets}
+    chosen, refined = {}, {}
+    for budget in tqdm(BUDGETS, desc="choose", unit="budget", dynamic_ncols=True):
+        chosen[f"{budget}"] = ck.choose(trace, sample, computed=budget, peak=2.0).plan
+        refined[f"{budget}"] = ck.choose(trace, sample, computed=budget, refine=REFINE, peak=2.0).plan
+    return {"chosen": chosen, "refined": refined}
 
 
 def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[str, Any]]:
@@ -235,9 +252,9 @@ def _random(generator: torch.Generator) -> set[int]:
     return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
 
 
-def _chosen_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
-    """PSNR of the chosen plan with the most steps that are no more than these."""
-    fitting = [row for row in rows if row["group"] == "chosen" and row["computed"] <= computed + 1e-9]
+def _refined_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
+    """PSNR of the refined plan with the most steps that are no more than these."""
+    fitting = [row for row in rows if row["group"] == "refined" and row["computed"] <= computed + 1e-9]
     return max(fitting, key=lambda row: row["computed"])["psnr"] if fitting else None
 
 

@@ -295,7 +295,7 @@ class Loud(torch.nn.Module):
 
 
 def test_bad_recordings_are_refused():
-    for sites in ((), ("attention",), "nothing"):
+    for sites in ((), ("attention",), "nothing", 5, None, [["output"]]):
         with pytest.raises(ArgumentError, match="sites"):
             ck.recording(sites)
     for sketch in (0, True, 2.5):
@@ -467,6 +467,13 @@ def test_a_cliff_is_told_and_where_it_is():
         assert ck.sweep(jumping(), ck.first_block_cache, [0.05, 0.2]).cliffs == ()
     with pytest.raises(ArgumentError, match="settings"):
         ck.sweep(jumping(), ck.first_block_cache, [])
+    for bad in (5, None, ["0.1"], [math.nan]):
+        with pytest.raises(ArgumentError, match="`settings`"):
+            ck.sweep(jumping(), ck.first_block_cache, bad)
+    with pytest.raises(ArgumentTypeError, match="`make`"):
+        ck.sweep(jumping(), None, [0.1])
+    with pytest.raises(ArgumentTypeError, match="`trace`"):
+        ck.sweep(None, ck.first_block_cache, [0.1])
 
 
 def test_from_nothing_to_nearly_everything_is_a_cliff():
@@ -635,18 +642,33 @@ def test_targets(recorded):
         ({"computed": 3, "site": "attention"}, "site"),
         ({"computed": 3, "forecaster": newton(3)}, "newton 3"),
         ({"computed": 3, "forecaster": two_point(0.4, feedback=True)}, "two-point"),
+        ({"computed": 3, "always": [[1]]}, "always"),
+        ({"computed": 3, "always": 4}, "always"),
         ({"error": -1.0}, "error"),
+        ({"error": math.nan}, "error"),
+        ({"error": True}, "error"),
         ({"speedup": 0.0}, "speedup"),
         ({"speedup": 20.0}, "speedup"),
+        ({"speedup": True}, "speedup"),
         ({"speedup": 2.0, "costs": (1.0, 1.0)}, "costs"),
+        ({"speedup": 2.0, "costs": 1.0}, "costs"),
+        ({"speedup": 2.0, "costs": None}, "costs"),
+        ({"speedup": 2.0, "costs": (1.0,)}, "costs"),
+        ({"speedup": 2.0, "costs": (1.0, "0")}, "costs"),
         ({"speedup": 6.0, "always": (0, 3, 6, 9)}, "speedup"),
         ({"speedup": 6.0, "max_gap": 1}, "speedup"),
         ({"computed": 3, "timesteps": [3.0, 2.0, 1.0]}, "resample"),
     ],
 )
 def test_bad_targets_are_refused(options, named, recorded):
-    with pytest.raises(ArgumentError, match=named):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=named):
         ck.plan(recorded["plain"], **options)
+
+
+@pytest.mark.parametrize("most", [0, -1, 2.5, "3", True])
+def test_a_frontier_is_of_a_number_of_steps(most, recorded):
+    with pytest.raises(ArgumentError, match="`most`"):
+        ck.frontier(recorded["plain"], most=most)
 
 
 # Running a plan -----------------------------------------------------------------------------------------------------
@@ -1011,6 +1033,27 @@ def test_a_trace_of_matrices_that_do_not_fit_is_refused():
         ck.Trace({}, good.timesteps, good.step_sizes)
     with pytest.raises(ArgumentError, match="step_sizes"):
         ck.Trace.of(smooth(0, 5), 5, step_sizes=[1.0])
+    with pytest.raises(ArgumentError, match=r"`step_sizes`.*somewhere"):
+        ck.Trace.of(smooth(0, 2), 2, step_sizes=[1.0, -1.0])
+    for sizes in ("ab", [1j, 1j], [None, 1.0]):
+        with pytest.raises(ArgumentTypeError, match="`step_sizes`"):
+            ck.Trace.of(smooth(0, 2), 2, step_sizes=sizes)
+    with pytest.raises(ArgumentTypeError, match="`step_sizes`"):
+        ck.Trace(good.streams, good.timesteps, [1.0] * 5)
+    with pytest.raises(ArgumentTypeError, match="`timesteps`"):
+        ck.Trace(good.streams, 5, good.step_sizes)
+    for weight in ("much", math.nan, None):
+        with pytest.raises(ArgumentError, match="`weights`"):
+            ck.Trace(good.streams, good.timesteps, good.step_sizes, {}, {"": weight})
+    for values in ([], [torch.ones(2)] * 3, [torch.ones(2), torch.ones(3)]):
+        with pytest.raises(ArgumentError, match="`values`"):
+            ck.Trace.of(values, 2)
+    for values in (None, 5, [1.0, 2.0], [torch.ones(2).numpy()] * 2):
+        with pytest.raises(ArgumentTypeError, match="`values`"):
+            ck.Trace.of(values, 2)
+    for state in (5, None, {"cond": 5}, [1]):
+        with pytest.raises(ArgumentTypeError, match="`state`"):
+            ck.Trace.from_state(state)
     with pytest.raises(ArgumentError, match=r"`step_sizes`.*finite"):
         ck.Trace.of(smooth(0, 2), 2, step_sizes=[1.0, math.nan])
     spoilt = smooth(0, 5)

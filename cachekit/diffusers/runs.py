@@ -18,7 +18,8 @@ from cachekit.diffusers.configs import from_config, is_config
 from cachekit.diffusers.reports import Report, StreamReport
 from cachekit.diffusers.standins import MARK, pipeline_class
 from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
-from cachekit.planning.trace import Trace, step_sizes
+from cachekit.planning.sampler import step_sizes
+from cachekit.planning.trace import Trace
 from cachekit.policy import Policy
 from cachekit.state import State
 from cachekit.transform import CachedStep

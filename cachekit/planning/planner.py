@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def plan(
             )
         return fitting[0]
     assert error is not None
-    if not isinstance(error, (int, float)) or not error >= 0:
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or not error >= 0:
         raise ArgumentError(f"`error` must be >= 0, got {error!r}. 0.01 is a hundredth of the way.")
     return next(each for each in found if each.error is not None and each.error <= error)
 
@@ -135,6 +136,8 @@ def frontier(
         )
     if max_gap is not None and (isinstance(max_gap, bool) or not isinstance(max_gap, int) or max_gap < 0):
         raise ArgumentError(f"`max_gap` must be an int >= 0 or None, got {max_gap!r}.")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ArgumentError(f"`most` must be an int >= 1 or None, got {most!r}.")
     steps = len(trace)
     forced = _forced(steps, always)
     trace.gram(site)  # or an error that says what was recorded
@@ -265,15 +268,14 @@ class _Search:
 def _forced(steps: int, always: Sequence[int]) -> set[int]:
     if not isinstance(always, Sequence):
         raise ArgumentTypeError(f"`always` must be a list of steps, got {type(always).__name__}.")
-    forced = {0, *always}
-    if any(isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < steps for step in forced):
+    if any(isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < steps for step in always):
         raise ArgumentError(f"`always` must hold steps from 0 to {steps - 1}, got {list(always)}.")
-    return forced
+    return {0, *always}
 
 
 def _afforded(steps: int, speedup: float, costs: tuple[float, float]) -> int:
     """How many steps may compute for a speed-up."""
-    if len(costs) != 2 or not all(isinstance(each, (int, float)) for each in (*costs, speedup)):
+    if not isinstance(costs, Sequence) or len(costs) != 2 or not all(map(_number, (*costs, speedup))):
         raise ArgumentTypeError(f"`speedup` must be a number and `costs` two, got {speedup!r} and {costs!r}.")
     computing, skipping = costs
     if not computing > skipping >= 0:
@@ -285,6 +287,10 @@ def _afforded(steps: int, speedup: float, costs: tuple[float, float]) -> int:
             f"{steps * computing / (computing + (steps - 1) * skipping):.3g}."
         )
     return min(steps, math.floor(most + 1e-9))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fitted(trace: Trace, timesteps: Sequence[float] | Tensor, resample: bool) -> Trace:

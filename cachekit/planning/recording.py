@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,8 +66,8 @@ def recording(sites: Sequence[str] = RECORDED, *, sketch: int | None = None) -> 
         >>> ck.Trace.from_state(state).sites
         ('output', 'chain', 'probe', 'rest')
     """
-    wanted = (sites,) if isinstance(sites, str) else tuple(sites)
-    if not wanted or not set(wanted) <= set(RECORDED):
+    wanted = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, Iterable) else ()
+    if not wanted or any(site not in RECORDED for site in wanted):
         raise ArgumentError(f"`sites` must name some of {', '.join(map(repr, RECORDED))}, got {sites!r}.")
     if sketch is not None and (isinstance(sketch, bool) or not isinstance(sketch, int) or sketch < 1):
         raise ArgumentError(f"`sketch` must be an int >= 1 or None, got {sketch!r}. It counts numbers, e.g. {SKETCH}.")

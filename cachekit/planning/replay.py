@@ -246,9 +246,13 @@ def sweep(trace: Trace, make: Callable[[Any], Policy], settings: Iterable[float]
         >>> [replayed.computed_steps for replayed in ck.sweep(trace, every, [2, 4]).replays]
         [4.0, 2.0]
     """
-    ordered = sorted(settings)
-    if not ordered:
-        raise ArgumentError("`settings` is empty. Give at least one, e.g. thresholds.")
+    check_trace(trace)
+    if not callable(make):
+        raise ArgumentTypeError(f"`make` must be a function from a setting to a policy, got {type(make).__name__}.")
+    ordered = list(settings) if isinstance(settings, Iterable) else []
+    if not ordered or not all(isinstance(each, (int, float)) and math.isfinite(each) for each in ordered):
+        raise ArgumentError(f"`settings` must hold at least one finite number, e.g. thresholds, got {settings!r}.")
+    ordered.sort()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)
         found = {setting: replay(trace, make(setting)) for setting in ordered}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from cachekit.deciders import Sums
-from cachekit.deciders._decider import doubles, trajectory
+from cachekit.deciders._decider import trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, check_version
 from cachekit.methods._mag import MagRatios
 from cachekit.planning.matrices import Recorded, between, mixed, of_rows, sum_of
 from cachekit.planning.recording import RecordState
+from cachekit.planning.sampler import noise_left, resampled, sizes_of
 from cachekit.state import State, summary
 
 FORMAT = 1
@@ -64,6 +65,9 @@ class Trace:
     spread: float | None = None
 
     def __post_init__(self) -> None:
+        for name, each in (("timesteps", self.timesteps), ("step_sizes", self.step_sizes)):
+            if not isinstance(each, Tensor) or each.ndim != 1:
+                raise ArgumentTypeError(f"`{name}` must be a tensor [T], got {each!r}. Trace.of takes lists.")
         steps = len(self.timesteps)
         if tuple(self.step_sizes.shape) != (steps,):
             raise ArgumentError(
@@ -73,9 +77,11 @@ class Trace:
             raise ArgumentError(
                 f"`spread` must be positive or None, got {self.spread!r}. 0.5 is half that of the noise."
             )
-        for name, each in (("step_sizes", self.step_sizes), ("weights", torch.tensor(list(self.weights.values())))):
-            if not bool(each.isfinite().all()):
-                raise ArgumentError(f"`{name}` must be finite, got {each.tolist()}.")
+        if not bool(self.step_sizes.isfinite().all()) or self.step_sizes.sum() == 0:
+            raise ArgumentError(f"`step_sizes` must be finite and go somewhere in all, got {self.step_sizes.tolist()}.")
+        for name, weight in self.weights.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ArgumentError(f"`weights` must hold finite numbers, got {weight!r} for {name!r}.")
         if not self.streams:
             raise ArgumentError("`streams` is empty. A trace is of at least one stream.")
         if strange := [name for name in self.weights if name not in self.streams]:
@@ -129,7 +135,12 @@ class Trace:
             StateError: a trajectory is not finished, or was not run under `recording`; or they are not alike.
             ArgumentError: `step_sizes` is of another length, or `weights` names no stream.
         """
-        states = {ONLY: state} if isinstance(state, State) else dict(state)
+        states = {ONLY: state} if isinstance(state, State) else state
+        if not isinstance(states, Mapping) or not all(isinstance(each, State) for each in states.values()):
+            raise ArgumentTypeError(
+                f"`state` must be a State, or a mapping of streams to such, got {type(state).__name__}. A cached step "
+                "returns it."
+            )
         streams, times = {}, None
         for name, each in states.items():
             log = summary(each)
@@ -144,8 +155,8 @@ class Trace:
         if times is None:
             raise ArgumentError("`state` is an empty mapping. Give the state of at least one stream.")
         texts = _texts(notes)
-        factors = _guided(streams, texts) if weights is None else {name: float(each) for name, each in weights.items()}
-        return cls(streams, times.clone(), _sizes(times, step_sizes), texts, factors)
+        factors = _guided(streams, texts) if weights is None else dict(weights)
+        return cls(streams, times.clone(), sizes_of(times, step_sizes), texts, factors)
 
     @classmethod
     def of(
@@ -157,14 +168,27 @@ class Trace:
         site: str = "output",
         notes: Mapping[str, Any] | None = None,
     ) -> Trace:
-        """The trace of values that are at hand: one tensor a step, of any shape."""
+        """The trace of values that are at hand: one tensor a step, of any shape.
+
+        Raises:
+            ArgumentTypeError: they are no tensors.
+            ArgumentError: they are not as many as the timesteps, or not of one shape.
+        """
         if site not in SITES:
             raise ArgumentError(f"`site` must be one of {', '.join(map(repr, SITES))}, got {site!r}.")
         times = trajectory(timesteps)
+        if not isinstance(values, (Sequence, Tensor)) or not all(isinstance(value, Tensor) for value in values):
+            raise ArgumentTypeError(f"`values` must hold one tensor a step, got {type(values).__name__}.")
+        shapes = [list(value.shape) for value in values]
+        if len(values) != len(times) or any(shape != shapes[0] for shape in shapes):
+            raise ArgumentError(
+                f"`values` must hold one tensor a step, of one shape: got {len(values)} for {len(times)} timesteps, of "
+                f"shapes {', '.join(dict.fromkeys(map(str, shapes)))}."
+            )
         rows = torch.stack([value.detach().flatten() for value in values])
         norms = [torch.linalg.vector_norm(value.detach().float(), dim=-1).flatten() for value in values]
         recorded = of_rows([rows], rows, [torch.stack(norms)])
-        return cls({ONLY: {site: recorded}}, times, _sizes(times, step_sizes), _texts(notes))
+        return cls({ONLY: {site: recorded}}, times, sizes_of(times, step_sizes), _texts(notes))
 
     # Asking it -------------------------------------------------------------------------------------------------
 
@@ -216,17 +240,8 @@ class Trace:
         """[T] float64: how far the sampler goes with an error of each step, in the end: its step size, carried."""
         if self.spread is None:
             return self.step_sizes
-        left = self._left()
+        left = noise_left(self.timesteps, self.step_sizes)
         return self.step_sizes * self.spread / (((1 - left) * self.spread).square() + left.square()).sqrt()
-
-    def _left(self) -> Tensor:
-        """[T]: the noise level after each step."""
-        times, sizes = self.timesteps, self.step_sizes
-        if len(self) > 1 and bool((times.diff() <= 0).all()) and times[0] > times[-1] >= 0 and times[0] <= 1000:
-            # The last step goes as far as its size says, by the measure of those before it.
-            beyond = sizes[-1:] * (times[0] - times[-1]) / sizes[:-1].sum()
-            return torch.cat((times[1:], times[-1:] - beyond)).clamp(min=0) / (1000 if times[0] > 1 else 1)
-        return 1 - sizes.cumsum(0) / sizes.sum()
 
     def norm(self, site: str, coefficients: Tensor) -> Tensor:
         """The norms of combinations of the values of a site: coefficients [..., T] float64 -> [...]."""
@@ -322,18 +337,8 @@ class Trace:
             for name, sites in self.streams.items()
         }
         notes = {**self.notes, "resampled": f"from {len(self)} steps"}
-        sizes = self._resampled(times) if step_sizes is None else _sizes(times, step_sizes)
+        sizes = resampled(self.timesteps, self.step_sizes, times) if step_sizes is None else sizes_of(times, step_sizes)
         return Trace(streams, times, sizes, notes, self.weights, self.spread)
-
-    def _resampled(self, times: Tensor) -> Tensor:
-        """Step sizes of another trajectory."""
-        own, sizes = step_sizes(self.timesteps), self.step_sizes
-        if torch.allclose(sizes * own.sum(), own * sizes.sum()):
-            return step_sizes(times) * (sizes.sum() / own.sum())
-        # The way that is gone at a timestep, and at the end, which is as far off as its step is long.
-        ends = [torch.cat((each, each[-1:] - step_sizes(each)[-1:])) for each in (self.timesteps, times)]
-        way = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-        return (between(*ends) @ way).diff()
 
     def _known(self, site: str) -> str:
         if site not in self.sites:
@@ -412,33 +417,6 @@ def check_trace(trace: Any) -> None:
     """Refuse what is no trace."""
     if not isinstance(trace, Trace):
         raise ArgumentTypeError(f"`trace` must be a Trace, got {type(trace).__name__}. Trace.from_state makes one.")
-
-
-def _sizes(times: Tensor, given: Sequence[float] | Tensor | None) -> Tensor:
-    if given is None:
-        return step_sizes(times)
-    sizes = doubles(given)
-    if tuple(sizes.shape) != (len(times),):
-        raise ArgumentError(f"`step_sizes` is {list(sizes.shape)} for {len(times)} steps: give one a step.")
-    return sizes
-
-
-def step_sizes(times: Sequence[float] | Tensor) -> Tensor:
-    """[T] float64: how far a sampler goes with each of its steps, up to a factor, as far as its timesteps tell.
-
-    Falling timesteps go down to 0; rising ones, and those that have come to 0, a step like the one before. A timestep
-    that is there again, as for Heun's method, which calls the model at both ends of a step, has the step shared among
-    its calls. Steps between timesteps that are not known, or go to and fro, are even.
-    """
-    times = doubles(times)
-    gone = times.diff()
-    if not bool(gone.any()) or bool(gone.isnan().any()) or not bool((gone <= 0).all() or (gone >= 0).all()):
-        return torch.ones(len(times), dtype=torch.float64)
-    last = times[-1:] if gone.sum() < 0 < times[-1] else gone[gone != 0][-1:]
-    sizes = torch.cat((gone, last)).abs()
-    step = torch.cat((sizes.new_ones(1), (sizes[1:] > 0).double())).cumsum(0).long() - 1  # to which each call belongs
-    whole = sizes.new_zeros(len(times)).index_add_(0, step, sizes)
-    return (whole / step.bincount(minlength=len(times)).clamp(min=1))[step]
 
 
 def _guided(streams: Mapping[str, Any], notes: Mapping[str, str]) -> dict[str, float]:
