@@ -116,7 +116,7 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
             for sites in ("output", "attention+mlp") if interval * budget < STEPS + budget else ("output",):
                 for after in range(STEPS + 1):
                     policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
-                    if sum(ck.deciders.plan(policy.decider, STEPS) or ()) == budget:
+                    if sum(_verdicts(policy)) == budget:
                         name = "taylorseer, output" if sites == "output" else "taylorseer"
                         yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
                         break
@@ -211,7 +211,7 @@ def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[str, dict[str, ck.P
     known: dict[tuple[bool, ...] | None, Tensor] = {}
 
     def sample(policy: ck.Policy | None) -> Tensor:
-        computed = None if policy is None else ck.deciders.plan(policy.decider, STEPS)
+        computed = None if policy is None else _verdicts(policy)
         if computed not in known:
             known[computed] = run(model, Setting(UNCACHED, "", STEPS, policy), labels, seed).samples
         return known[computed]
@@ -244,6 +244,12 @@ def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[
             f"28 steps, {computed} computed: {row['own']:.1f} dB, from the recording of 50: {row['resampled']:.1f} dB"
         )
     return rows
+
+
+def _verdicts(policy: ck.Policy) -> tuple[bool, ...]:
+    """Which steps a static policy computes."""
+    assert isinstance(policy.decider, ck.deciders.Decider)
+    return ck.deciders.plan(policy.decider, STEPS)
 
 
 def _random(generator: torch.Generator) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ class Plan:
     Those that `cachekit.plan` has found on a recording also say what stands in for what is not computed, how far that
     is off, and what they were planned for; `cachekit.planned` makes a policy of them.
 
+    Raises:
+        ArgumentError: its parts are not of as many steps, or not finite.
+
     Example:
         >>> import cachekit as ck
         >>> print(ck.Plan((True, False, False, True), forecaster="newton 1"))
@@ -33,6 +37,18 @@ class Plan:
     error: float | None = None  # predicted, of all that the sampler goes, as a share of it; carried, if the trace was
     timesteps: tuple[float, ...] = ()  # that it was planned for, empty where they are not known
     notes: dict[str, str] = field(default_factory=dict)  # of what was recorded, for people: model, scheduler, guidance
+
+    def __post_init__(self) -> None:
+        steps = len(self.computed)
+        if any(len(each) != steps for each in self.kinds.values()) or len(self.timesteps) not in (0, steps):
+            raise ArgumentError(
+                f"Not all of the plan is of {steps} steps: it has {len(self.timesteps)} timesteps, and of its kinds "
+                f"{ {kind: len(each) for kind, each in self.kinds.items()} }."
+            )
+        if not all(map(math.isfinite, self.timesteps)):
+            raise ArgumentError(f"`timesteps` must be finite, or none where they are not known, got {self.timesteps}.")
+        if self.error is not None and not 0 <= self.error < math.inf:
+            raise ArgumentError(f"`error` must be finite and >= 0, or None, got {self.error!r}.")
 
     def __len__(self) -> int:
         return len(self.computed)
@@ -57,13 +73,15 @@ class Plan:
         """Read what `save` wrote.
 
         Raises:
-            ArgumentError: the file is no plan, or of a version this release does not know.
+            ArgumentError: there is no such file, it is no plan, or of a version this release does not know.
         """
         try:
             record: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-            version, steps, nodes = record["version"], int(record["steps"]), {int(step) for step in record["computed"]}
-            if not nodes <= set(range(steps)) or 0 not in nodes:
-                raise ValueError(f"of {steps} steps it computes {sorted(nodes)}")
+            version, steps, nodes = record["version"], record["steps"], record["computed"]
+            if any(isinstance(each, bool) or not isinstance(each, int) for each in (steps, *nodes)):
+                raise TypeError("steps are ints")
+            if not set(nodes) <= set(range(steps)) or 0 not in nodes:
+                raise ValueError(f"of {steps} steps it computes {nodes}")
             plan = cls(
                 computed=tuple(step in nodes for step in range(steps)),
                 kinds={kind: tuple(map(bool, each)) for kind, each in record["kinds"].items()},
@@ -73,9 +91,7 @@ class Plan:
                 timesteps=tuple(map(float, record["timesteps"])),
                 notes={str(key): str(value) for key, value in record["notes"].items()},
             )
-            if any(len(each) != steps for each in plan.kinds.values()) or len(plan.timesteps) not in (0, steps):
-                raise ValueError(f"not all of it is of {steps} steps")
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(f"`path` {str(path)!r} holds no plan ({error!r}). Save it again.") from error
         check_version(path, version, FORMAT)
         return plan

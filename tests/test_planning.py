@@ -280,6 +280,16 @@ def test_a_sketch_tells_the_norm_of_any_combination(kept):
     assert record.rows.shape == record.sample.shape == (6, kept)
 
 
+@pytest.mark.parametrize("numbers", [2**21, 2**22, 2**23])
+def test_a_sketch_of_what_is_the_same_everywhere_is_not_off(numbers):
+    step, value = ck.cache(Loud(), ck.recording("output")), torch.ones(1, numbers // 64, 64)
+    with torch.no_grad():
+        _, state = step(step.init(1, value), value)
+    assert state.sites["output"][0].rows.shape == (1, 65_521)
+    norm = float(ck.Trace.from_state(state).norm("output", torch.ones(1, dtype=torch.float64)))
+    assert norm == pytest.approx(math.sqrt(numbers), rel=3 / math.sqrt(2 * 65_521))
+
+
 class Loud(torch.nn.Module):
     """Returns what it is given; of its tokens some channels are far larger than the others."""
 
@@ -726,6 +736,13 @@ def test_scheduler_and_guidance_are_compared(recorded):
         lambda record: record.update(timesteps=[1.0]),
         lambda record: record.update(kinds={"mlp": [True]}),
         lambda record: record.update(error="much"),
+        lambda record: record.update(error=math.nan),
+        lambda record: record.update(error=-1.0),
+        lambda record: record.update(computed=[0, 1.7]),
+        lambda record: record.update(computed=[0, True]),
+        lambda record: record.update(steps=12.9),
+        lambda record: record.update(timesteps=[math.nan] * 12),
+        lambda record: record.clear(),
     ],
 )
 def test_a_spoilt_plan_is_refused(change, recorded, tmp_path):
@@ -736,6 +753,14 @@ def test_a_spoilt_plan_is_refused(change, recorded, tmp_path):
     path.write_text(json.dumps(record))
     with pytest.raises(ArgumentError, match=r"plan\.json"):
         ck.Plan.load(path)
+
+
+def test_a_plan_that_is_not_there_is_refused(tmp_path):
+    for path in (tmp_path / "nothing.json", tmp_path):
+        with pytest.raises(ArgumentError, match="holds no plan"):
+            ck.Plan.load(path)
+    with pytest.raises(ArgumentError, match="2 steps: it has 3 timesteps"):
+        ck.Plan((True, False), timesteps=(3.0, 2.0, 1.0))
 
 
 def test_named_forecasters():
@@ -1145,3 +1170,13 @@ def test_resampling_is_near_what_would_have_been_recorded():
         assert other.timesteps == tuple(at(25))
         cost = ck.replay(coarse, ck.planned(other)).error / own.error
         assert 1 - 1e-9 <= cost < 1.25
+
+
+def test_sites_that_share_their_matrices_are_saved(tmp_path):
+    made = ck.Trace.of(smooth(0, 5), 5)
+    both = ck.Trace({"": {**made.streams[""], "rest": made.streams[""]["output"]}}, made.timesteps, made.step_sizes)
+    both.save(tmp_path / "t")
+    again = ck.Trace.load(tmp_path / "t")
+    assert torch.equal(again.gram("rest"), made.gram("output")) and torch.equal(
+        again.gram("output"), made.gram("output")
+    )

@@ -218,6 +218,15 @@ def test_replay_is_what_the_library_says(recorded, tmp_path):
     assert "leaves out no step" in never["warnings"][0]
 
 
+def test_replay_leaves_out_what_was_not_recorded(tmp_path):
+    out = str(tmp_path / "t")
+    call("record", "digits", "--prompt", "1", "--steps", "6", "--out", out, "--site", "output")
+    said = read("replay", out, "--picture", str(tmp_path / "front.png"))
+    assert not said["rows"] and len(said["warnings"]) == 3
+    assert all("is left out" in each and "recording(sites=" in each for each in said["warnings"])
+    assert "not in the trace" in call("replay", out, "--method", "first_block_cache", code=1)
+
+
 def test_plan_is_what_the_library_says(recorded, tmp_path):
     out, picture = tmp_path / "plan.json", tmp_path / "errors.png"
     said = read("plan", str(recorded), "--computed", "4", "--out", str(out), "--picture", str(picture))

@@ -119,7 +119,12 @@ def replay(
         for name in method or SWEEPS:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", ck.TraceWarning)
-                swept[name] = ck.sweep(recorded, made[name], at or SWEEPS[name])
+                try:
+                    swept[name] = ck.sweep(recorded, made[name], at or SWEEPS[name])
+                except ck.ArgumentError as error:
+                    if method:
+                        raise
+                    said.append(f"{name} is left out. {error}")
             said += [str(each.message) for each in caught]
         site = "output" if "output" in recorded.sites else "chain"
         plans = ck.frontier(recorded, forecaster=ck.forecasters.named(forecaster), site=site)

@@ -104,17 +104,18 @@ class Run:
             StateError: it was not finished.
         """
         call = self._last
-        there = {} if call is None else {key: each for key, each in call.streams.items() if each.state is not None}
-        states = {name: stream.state for (of, name), stream in there.items() if of == transformer}
+        streams = {} if call is None else call.streams
+        states = {
+            name: each.state for (of, name), each in streams.items() if of == transformer and each.state is not None
+        }
         if call is None or not states:
-            named = ", ".join(map("/".join, there)) or "no call yet"
-            raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {named}.")
+            there = ", ".join(self.states) or "no call yet"
+            raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {there}.")
         # Beside one that is recorded another may be cached.
-        recorded = {name: state for name, state in states.items() if there[transformer, name].recorded}
-        states = recorded or states
+        states = {name: state for name, state in states.items() if streams[transformer, name].recorded} or states
         used = {name: value for name, value in call.used_with[transformer].items() if value is not None}
         # The last step goes on to where the next transformer begins, which this one does not know.
-        begun, steps = there[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
+        begun, steps = streams[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
         sizes = None if begun is None else step_sizes(call.times)[begun : begun + steps]
         used["streams"] = call.called(transformer, steps)
         if "," not in used["streams"]:  # nothing was guided by it

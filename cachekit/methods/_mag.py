@@ -104,7 +104,7 @@ class MagRatios:
                 raise TypeError("`ratios` is no list of numbers")
             checked = deciders.check_ratios(ratios)
             steps = record.get("steps", len(ratios))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArgumentError(
                 f"`path` {str(path)!r} holds no magnitude ratios ({error!r}). Save them again."
             ) from error

@@ -182,7 +182,7 @@ class _Plans:
             for by in range(-FAR, FAR + 1)
             if 0 < step + by < self._steps and step + by not in plan.steps
         )
-        return sorted(map(self._plan, filter(self._fits, moved)), key=lambda each: each.error)
+        return sorted(map(self._plan, filter(self._fits, moved)), key=lambda each: each.error or 0.0)
 
     def _fits(self, nodes: tuple[int, ...]) -> bool:
         longest = max(end - node - 1 for node, end in itertools.pairwise((*nodes, self._steps)))

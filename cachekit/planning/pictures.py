@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from cachekit.drawing import FAINT, INK, TRACK, plain
+from cachekit.drawing import INK, TRACK, plain
 from cachekit.planning.replay import Replay, replay
 from cachekit.planning.trace import Trace
 from cachekit.plans import Plan
@@ -106,4 +106,4 @@ def errors(trace: Trace, policies: Mapping[str, Policy]) -> Figure:
 
 
 def _colours(count: int) -> tuple[str, ...]:
-    return (COLOURS * (count // len(COLOURS) + 1))[:count] or (FAINT,)
+    return (COLOURS * (count // len(COLOURS) + 1))[:count]

@@ -147,10 +147,11 @@ def _places(flat: Tensor, kept: int) -> Tensor:
 def _scrambled(index: Tensor) -> Tensor:
     """[n] int64 >= 0: a fixed hash of every index, on any device and inside a graph.
 
-    Twice a product with an odd number and a shift (the finaliser of MurmurHash3), kept to 31 bits so that nothing
-    overflows.
+    Three times a shift and a product with an odd number, as in the finaliser of MurmurHash3, kept to 31 bits so that
+    nothing overflows. Two are too few: the signs of numbers a few million apart then go together, which a value that is
+    the same everywhere shows.
     """
     mixed = index
-    for factor in (0x45D9F3B, 0x119DE1F3):
+    for factor in (0x45D9F3B,) * 3:
         mixed = ((mixed ^ (mixed >> 16)) * factor) & 0x7FFFFFFF
     return mixed ^ (mixed >> 16)

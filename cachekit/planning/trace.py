@@ -360,7 +360,9 @@ class Trace:
                 tensors.update({f"{n}/{site}/{name}": each for name, each in recorded._asdict().items()})
         about = {"version": FORMAT, "streams": list(self.streams), "notes": {**self.notes}}
         about |= {"weights": {**self.weights}, "spread": self.spread}
-        save_file({name: each.contiguous() for name, each in tensors.items()}, path, {"cachekit": json.dumps(about)})
+        # Clones: two sites may share their matrices, which the format refuses.
+        copies = {name: each.clone(memory_format=torch.contiguous_format) for name, each in tensors.items()}
+        save_file(copies, path, {"cachekit": json.dumps(about)})
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
