@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from traces import FLOWS, model_of, run
+
+import cachekit as ck
 
 # The kernels run on a GPU, or interpreted, in a process of their own: `make test` does that first.
 collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
@@ -17,6 +20,12 @@ settings.register_profile("ci", deadline=None, derandomize=True, suppress_health
 # To see a test fail is enough for a mutant; nobody reads the smallest counterexample.
 settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def recorded() -> dict[str, ck.Trace]:
+    """A trace of every flow of a small model."""
+    return {flow: ck.Trace.from_state(run(ck.cache(model_of(flow), ck.recording()))[1]) for flow in FLOWS}
 
 
 @pytest.fixture(autouse=True)

@@ -159,21 +159,21 @@ MUTANTS = (
         "forecasters/_newton.py",
         "ahead / apart).prod(-1)",
         "ahead / apart).sum(-1)",
-        "test_planning.py::test_weights_are_what_is_predicted",
+        "test_replaying.py::test_weights_are_what_is_predicted",
     ),
     # The reference of a signal is the last computed step, not the one before.
     Mutant(
         "planning/replay.py",
         "sums[step][last])",
         "sums[step][step - 1])",
-        "test_planning.py::test_decisions_are_those_of_a_live_run",
+        "test_replaying.py::test_decisions_are_those_of_a_live_run",
     ),
     # What is left out after the probe is not the whole chain.
     Mutant(
         "running/spans.py",
         "residual - front[stream.key] if stream.key in front else residual",
         "residual",
-        "test_planning.py::test_a_trace_holds_what_the_model_computed",
+        "test_recording.py::test_a_trace_holds_what_the_model_computed",
     ),
     # A gap may be as long as is allowed, and no longer.
     Mutant(
@@ -197,30 +197,72 @@ MUTANTS = (
     ),
     Mutant(
         "planning/choosing.py",
-        "best = max(candidates",
-        "best = min(candidates",
-        "test_planning.py::test_choosing_takes_the_plan_that_keeps_most",
+        "return max((plan for n, plan in enumerate(plans)",
+        "return min((plan for n, plan in enumerate(plans)",
+        "test_choosing.py::test_choosing_takes_the_plan_that_keeps_most",
+    ),
+    # Even intervals end in a row of steps, which is as long as the number of them leaves.
+    Mutant(
+        "planning/choosing.py",
+        "{*range(0, start, interval), *range(start, steps)}",
+        "{*range(0, steps - start, interval), *range(steps - start, steps)}",
+        "test_choosing.py::test_even_intervals_are_among_the_candidates",
+    ),
+    # What must be computed is not moved, nor is a gap made too long.
+    Mutant(
+        "planning/choosing.py",
+        "return self._forced <= {*nodes} and (",
+        "return (",
+        "test_choosing.py::test_refining_moves_single_steps_and_keeps_what_is_better",
+    ),
+    # The most promising first.
+    Mutant(
+        "planning/choosing.py",
+        "key=lambda each: each.error or 0.0)",
+        "key=lambda each: -(each.error or 0.0))",
+        "test_choosing.py::test_refining_moves_single_steps_and_keeps_what_is_better",
+    ),
+    # What is better is gone on from.
+    Mutant(
+        "planning/choosing.py",
+        "best = max(best, near, key=self.kept)",
+        "self.kept(near)",
+        "test_choosing.py::test_refining_moves_single_steps_and_keeps_what_is_better",
+    ),
+    # No plan is run twice.
+    Mutant(
+        "planning/choosing.py",
+        "if plan.steps not in self._kept:",
+        "if True:",
+        "test_choosing.py::test_refining_finds_fewer_steps",
+    ),
+    # Two products are too few for a sketch of what is the same everywhere.
+    Mutant(
+        "planning/recording.py",
+        "(0x45D9F3B,) * 3",
+        "(0x45D9F3B, 0x119DE1F3)",
+        "test_recording.py::test_a_sketch_of_what_is_the_same_everywhere_is_not_off",
     ),
     # A sample that is equal does not make up for one that is ruined.
     Mutant(
         "planning/choosing.py",
         ".clamp(max=ENOUGH)",
         "",
-        "test_planning.py::test_a_sample_that_is_equal_does_not_hide_one_that_is_ruined",
+        "test_choosing.py::test_a_sample_that_is_equal_does_not_hide_one_that_is_ruined",
     ),
     # Two calls of one step share it.
     Mutant(
-        "planning/trace.py",
+        "planning/sampler.py",
         "(whole / step.bincount(minlength=len(times)).clamp(min=1))[step]",
         "whole[step]",
-        "test_planning.py::test_step_sizes_of_other_clocks",
+        "test_recording.py::test_step_sizes_of_other_clocks",
     ),
     # From nothing left out to most is no rise of an error, and a cliff.
     Mutant(
         "planning/replay.py",
         "return below.computed_steps == below.steps and",
         "return below.computed_steps < below.steps and",
-        "test_planning.py::test_from_nothing_to_nearly_everything_is_a_cliff",
+        "test_replaying.py::test_from_nothing_to_nearly_everything_is_a_cliff",
     ),
     # An error counts as far as the sampler goes with it.
     Mutant(
@@ -233,6 +275,6 @@ MUTANTS = (
         "planning/replay.py",
         "summed.index_add_(0, starts.cumsum(0) - 1, off * sizes[:, None])",
         "summed.index_add_(0, starts.cumsum(0) - 1, off)",
-        "test_planning.py::test_errors_are_those_of_a_live_run",
+        "test_replaying.py::test_errors_are_those_of_a_live_run",
     ),
 )

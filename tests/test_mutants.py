@@ -15,7 +15,10 @@ from mutants import MUTANTS, Mutant
 TESTS = Path(__file__).parent
 KERNELS = TESTS.parent / "kernels" / "cachekit_kernels"
 PACKAGE = TESTS.parent / "cachekit"
-SUITES = ("conftest.py", "dit.py", "laws.py", "test_deciders.py", "test_forecasters.py", "test_planning.py")
+SUITES = (
+    *("conftest.py", "dit.py", "laws.py", "traces.py", "test_deciders.py", "test_forecasters.py"),
+    *("test_recording.py", "test_replaying.py", "test_planning.py", "test_choosing.py"),
+)
 FAILED = 1  # pytest's exit status for tests that ran and failed, unlike those that could not be run
 
 
