@@ -116,7 +116,7 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
             for sites in ("output", "attention+mlp") if interval * budget < STEPS + budget else ("output",):
                 for after in range(STEPS + 1):
                     policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
-                    if sum(_verdicts(policy)) == budget:
+                    if sum(ck.deciders.plan(policy.deciders["all"], STEPS)) == budget:
                         name = "taylorseer, output" if sites == "output" else "taylorseer"
                         yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
                         break
@@ -207,20 +207,13 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
 
 def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[str, dict[str, ck.Plan]]:
     """For every budget the plan that does best on the digits and the noise of the recording, without and with moves."""
-    labels, seed = runs.recorded_labels(), 1
-    known: dict[tuple[bool, ...] | None, Tensor] = {}
-
-    def sample(policy: ck.Policy | None) -> Tensor:
-        computed = None if policy is None else _verdicts(policy)
-        if computed not in known:
-            known[computed] = run(model, Setting(UNCACHED, "", STEPS, policy), labels, seed).samples
-        return known[computed]
-
-    chosen, refined = {}, {}
-    for budget in tqdm(BUDGETS, desc="choose", unit="budget", dynamic_ncols=True):
-        chosen[f"{budget}"] = ck.choose(trace, sample, computed=budget, peak=2.0).plan
-        refined[f"{budget}"] = ck.choose(trace, sample, computed=budget, refine=REFINE, peak=2.0).plan
-    return {"chosen": chosen, "refined": refined}
+    made = {}
+    for name, refine in (("chosen", 0), ("refined", REFINE)):
+        total = len(BUDGETS) * (5 + refine) * STEPS  # at most
+        with tqdm(total=total, desc=name, unit="step", mininterval=0.5, dynamic_ncols=True) as progress:
+            plans = runs.choose(model, trace, BUDGETS, 1, refine, progress.update)
+        made[name] = {f"{count}": plan for count, plan in plans.items()}
+    return made
 
 
 def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[str, Any]]:
@@ -244,12 +237,6 @@ def resampled(model: torch.nn.Module, trace: ck.Trace, count: int) -> list[dict[
             f"28 steps, {computed} computed: {row['own']:.1f} dB, from the recording of 50: {row['resampled']:.1f} dB"
         )
     return rows
-
-
-def _verdicts(policy: ck.Policy) -> tuple[bool, ...]:
-    """Which steps a static policy computes."""
-    assert isinstance(policy.decider, ck.deciders.Decider)
-    return ck.deciders.plan(policy.decider, STEPS)
 
 
 def _random(generator: torch.Generator) -> set[int]:

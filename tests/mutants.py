@@ -201,11 +201,11 @@ MUTANTS = (
         "return min((plan for n, plan in enumerate(plans)",
         "test_choosing.py::test_choosing_takes_the_plan_that_keeps_most",
     ),
-    # Even intervals end in a row of steps, which is as long as the number of them leaves.
+    # The shortest even interval is tried that the number of steps allows.
     Mutant(
         "planning/choosing.py",
-        "{*range(0, start, interval), *range(start, steps)}",
-        "{*range(0, steps - start, interval), *range(steps - start, steps)}",
+        "len(range(0, steps, interval)) <= count)",
+        "len(range(0, steps, interval)) <= max(count - 1, 1))",
         "test_choosing.py::test_even_intervals_are_among_the_candidates",
     ),
     # What must be computed is not moved, nor is a gap made too long.

@@ -21,9 +21,10 @@ from cachekit.demo import pictures
 from cachekit.demo.__main__ import arguments, main
 from cachekit.demo.metrics import psnr, ssim
 from cachekit.demo.report import cells
-from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, Setting, Trial, score, settings
+from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, Setting, Trial, choose, counts_of, score, settings
 from cachekit.demo.sample import timesteps
 from cachekit.demo.verdict import gain, headline
+from cachekit.diffusers import digits
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -258,7 +259,9 @@ def test_every_file_is_there(output):
 
 
 def test_rows_are_what_was_planned(output):
-    planned = settings(20, ck.Trace.load(output.folder / "digits.trace.safetensors"), short=True)
+    trace = ck.Trace.load(output.folder / "digits.trace.safetensors")
+    chosen = choose(digits.load(), trace, counts_of(20, short=True), output.results["seed"] + 1, refine=0)
+    planned = settings(20, trace, chosen, short=True)
     assert [entry["label"] for entry in output.rows] == [setting.label for setting in planned]
     assert {entry["group"] for entry in output.rows} == set(pictures.COLOURS)
     for entry, setting in zip(output.rows, planned, strict=True):

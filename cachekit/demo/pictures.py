@@ -16,7 +16,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 import cachekit as ck
-from cachekit.demo.runs import FEWER, PLANNED, UNCACHED, Row
+from cachekit.demo.runs import CHOSEN, FEWER, PLANNED, UNCACHED, Row
 from cachekit.drawing import INK, TRACK, plain, png
 from cachekit.planning import pictures as planning
 
@@ -31,6 +31,7 @@ COLOURS = {
     "faster_cache": "#3d8f9e",
     "combination": "#8a6d1b",
     PLANNED: "#c22f2f",
+    CHOSEN: "#e0876a",
 }
 DIFFERENCE = 0.2
 """Absolute difference that the difference pictures paint in full colour: a tenth of the range."""
@@ -122,10 +123,11 @@ def front(rows: Sequence[Row], trace: ck.Trace, policies: Mapping[str, Sequence[
         with contextlib.suppress(ck.ArgumentError), warnings.catch_warnings():
             warnings.simplefilter("ignore", ck.TraceWarning)
             replays[group] = ck.replay(trace, each)
-    replays.pop(PLANNED, None)  # they are points of the line
+    for group in (PLANNED, CHOSEN):  # points of the line, or near it
+        replays.pop(group, None)
     measured = {
         group: [(row.computed_steps, row.psnr) for row in rows if row.group == group and math.isfinite(row.psnr)]
-        for group in (PLANNED, FEWER, *replays)
+        for group in (CHOSEN, PLANNED, FEWER, *replays)
     }
     return png(planning.front(ck.frontier(trace), replays, measured))
 

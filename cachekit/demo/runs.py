@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from cachekit.diffusers import digits
 UNCACHED = "uncached"
 FEWER = "fewer steps"
 PLANNED = "planned"
+CHOSEN = "chosen"
 STREAMS: tuple[Stream, ...] = ("cond", "uncond")
 PACE = 1.25
 """A run whose computed forwards take this many times the usual, or as many times less, was not alone or was lucky."""
@@ -86,16 +87,22 @@ class Row(NamedTuple):
         return self.group not in (UNCACHED, FEWER)
 
 
-def settings(steps: int, trace: ck.Trace, short: bool = False) -> list[Setting]:
+def counts_of(steps: int, short: bool = False) -> list[int]:
+    """Numbers of computed steps that are planned for."""
+    return [round(share * steps) for share in ((0.4, 0.2) if short else (0.5, 0.38, 0.26, 0.2))]
+
+
+def settings(
+    steps: int, trace: ck.Trace, chosen: Mapping[int, ck.Plan] | None = None, short: bool = False
+) -> list[Setting]:
     """All settings of a run of `steps` steps, in the order of the table; a few of them for a `short` one.
 
-    The ratios of MagCache and the plans are from the trace of another run.
+    The ratios of MagCache and the plans are from the trace of another run, `chosen` by number of computed steps.
 
     The parameters are chosen for the shipped weights at 50 steps: about 3/5, 2/5 and 1/4 of the steps compute.
     """
     newton, taylor = ck.forecasters.newton(1), ck.forecasters.taylor(1)
     ratios, plans = trace.mag_ratios(), ck.frontier(trace)
-    planned = (0.4, 0.2) if short else (0.5, 0.38, 0.26, 0.2)
     # Up to 7/10, so that also the careful settings have a run to be held against.
     shares = (0.7, 0.4, 0.2) if short else (0.7, 0.5, 0.4, 0.3, 0.2)
     thresholds = (0.12,) if short else (0.12, 0.16)
@@ -172,8 +179,12 @@ def settings(steps: int, trace: ck.Trace, short: bool = False) -> list[Setting]:
         Setting("faster_cache", "2 (uncond 5)", steps, ck.faster_cache(cfg="separate", layout="BCFHW"), True),
         *(Setting("combination", detail, steps, policy, True) for detail, policy in combinations),
         *(
-            Setting(PLANNED, f"{count} + newton 1, output", steps, ck.planned(plans[count - 1]), True)
-            for count in (round(share * steps) for share in planned)
+            Setting(group, f"{count} + newton 1, output", steps, ck.planned(plan), True)
+            for group, made in (
+                (PLANNED, {count: plans[count - 1] for count in counts_of(steps, short)}),
+                (CHOSEN, chosen or {}),
+            )
+            for count, plan in made.items()
         ),
     ]
 
@@ -271,6 +282,26 @@ def record(model: nn.Module, steps: int, seed: int, tick: Callable[[], object] =
     sample(sampler, labels, steps, GUIDANCE, seed)
     notes = {"model": "cachekit digits", "scheduler": f"flow matching Euler, {steps} steps", "guidance": GUIDANCE}
     return ck.Trace.from_state({**sampler.states}, notes=notes)
+
+
+def choose(
+    model: nn.Module,
+    trace: ck.Trace,
+    counts: Iterable[int],
+    seed: int,
+    refine: int,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[int, ck.Plan]:
+    """For every number of computed steps the plan that keeps most of the digits of a recording, in its noise."""
+    labels, steps = recorded_labels(), len(trace)
+    uncached = run(model, Setting(UNCACHED, "", steps), labels, seed, tick).samples
+
+    def sample(policy: ck.Policy | None) -> Tensor:
+        return (
+            uncached if policy is None else run(model, Setting(CHOSEN, "", steps, policy), labels, seed, tick).samples
+        )
+
+    return {count: ck.choose(trace, sample, computed=count, refine=refine, peak=2.0).plan for count in counts}
 
 
 def score(trials: Sequence[Trial], labels: Tensor) -> list[Row]:
