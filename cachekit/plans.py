@@ -40,14 +40,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         steps = len(self.computed)
+        if not steps or not isinstance(self.timesteps, tuple):
+            raise ArgumentError("A plan is of at least one step, and its timesteps are a tuple.")
         if any(len(each) != steps for each in self.kinds.values()) or len(self.timesteps) not in (0, steps):
             raise ArgumentError(
                 f"Not all of the plan is of {steps} steps: it has {len(self.timesteps)} timesteps, and of its kinds "
                 f"{ {kind: len(each) for kind, each in self.kinds.items()} }."
             )
-        if not all(map(math.isfinite, self.timesteps)):
+        if not all(isinstance(time, (int, float)) and math.isfinite(time) for time in self.timesteps):
             raise ArgumentError(f"`timesteps` must be finite, or none where they are not known, got {self.timesteps}.")
-        if self.error is not None and not 0 <= self.error < math.inf:
+        if self.error is not None and not (isinstance(self.error, (int, float)) and 0 <= self.error < math.inf):
             raise ArgumentError(f"`error` must be finite and >= 0, or None, got {self.error!r}.")
 
     def __len__(self) -> int:

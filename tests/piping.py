@@ -238,7 +238,7 @@ def _kandinsky(draw: zoo.Draw, batch: int) -> Built:
 def _flux_image(draw: zoo.Draw, batch: int) -> Built:
     _, components, given = _flux(draw, batch)
     start = torch.rand(1, 3, 64, 64, generator=draw.generator)
-    return "FluxImg2ImgPipeline", {**components, "vae": _pictures()}, {**given, "image": start, "strength": 0.6}
+    return "FluxImg2ImgPipeline", {**components, "vae": autoencoder()}, {**given, "image": start, "strength": 0.6}
 
 
 @maker
@@ -249,7 +249,7 @@ def _flux_control(draw: zoo.Draw, batch: int) -> Built:
     sizes |= {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
     sizes |= {"pooled_projection_dim": 20, "guidance_embeds": True, "num_layers": 2, "num_single_layers": 1}
     control = zoo.wake(diffusers.FluxControlNetModel(**sizes).eval(), draw)
-    components |= {"vae": _pictures(), "controlnet": control}
+    components |= {"vae": autoencoder(), "controlnet": control}
     hint = torch.rand(1, 3, 64, 64, generator=draw.generator)
     return "FluxControlNetPipeline", components, {**given, "control_image": hint}
 
@@ -287,7 +287,7 @@ def _latte_pndm(draw: zoo.Draw, batch: int) -> Built:
     return kind, {**components, "scheduler": diffusers.PNDMScheduler(skip_prk_steps=True)}, given
 
 
-def _pictures() -> nn.Module:
+def autoencoder() -> nn.Module:
     """An image autoencoder with two latent channels, eight times smaller each way."""
     torch.manual_seed(3)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from traces import STEPS, inputs, model_of, smooth, times
+from traces import STEPS, inputs, model_of, quietly, smooth, times
 
 import cachekit as ck
 from cachekit import ArgumentError, ArgumentTypeError
@@ -72,7 +72,7 @@ def test_choosing_takes_the_plan_that_keeps_most():
         assert [computed for computed, _ in choice.measured] == [5, 5, 5]  # no plan is run twice
         assert max(quality for _, quality in choice.measured) == pytest.approx(60)
         assert str(choice).endswith("dB") and "measured:" in str(choice)
-        assert ck.choose(trace, sample, computed=5, spreads=(None,), even=False, peak=1.0).plan == plans[0]
+        assert ck.choose(trace, sample, computed=5, spreads=(None,), even=False, peak=1.0).plan.steps == plans[0].steps
 
 
 @pytest.mark.parametrize("ruin", ["far off", "not finite"])
@@ -178,13 +178,38 @@ def test_refining_finds_fewer_steps():
     assert moved not in {plan.steps for plan in found}
     good = {plan.steps: 0.001 for plan in found[6:]} | {moved: 0.001}
     plain = ck.choose(trace, ran(good, seen), "50 dB", **options)
-    assert plain.plan == found[6]
+    assert plain.plan.steps == found[6].steps
     before, seen[:] = len(seen), []
     choice = ck.choose(trace, ran(good, seen), "50 dB", refine=40, **options)
     assert choice.plan.steps == moved and before < len(seen) <= before + 40
     assert len(seen) == len(set(seen)) == len(choice.measured)
     seen[:] = []
-    assert ck.choose(trace, ran(good, seen), "50 dB", refine=1, **options).plan == found[6] and len(seen) == before + 1
+    assert (
+        ck.choose(trace, ran(good, seen), "50 dB", refine=1, **options).plan.steps == found[6].steps
+        and len(seen) == before + 1
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int16, torch.uint8])
+def test_samples_of_any_type_may_come_in_one_buffer(kind):
+    trace, buffer = ck.Trace.of(smooth(5, 14), 14), torch.zeros(1, 4, dtype=kind)
+    uncached = torch.tensor([[0.0, 100.0, 200.0, 3.0]] if kind is torch.uint8 else [[-3e4, 1.0, 2.0, 3e4]])
+    span = float(uncached.to(kind).double().max() - uncached.to(kind).double().min())
+
+    def sample(policy: ck.Policy | None) -> Tensor:
+        buffer.copy_(uncached if policy is None else uncached + 2.0 * (uncached == 1.0) + 2.0 * (uncached == 100.0))
+        return buffer
+
+    (measured,) = ck.choose(trace, sample, computed=5, spreads=(None,), even=False).measured
+    assert measured == (5, pytest.approx(10 * math.log10(span**2 / (4 / 4))))
+
+
+def test_the_predicted_error_is_that_of_the_trace():
+    trace, seen = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14)), []
+    for count in range(1, 15):
+        found = ck.choose(trace, ran({}, seen), computed=count, peak=1.0).plan
+        mask = ck.step_mask(found.computed, forecaster=newton(1), sites="output")
+        assert found.error == pytest.approx(quietly(trace, mask).error)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +221,8 @@ def test_refining_finds_fewer_steps():
         torch.zeros(2, 3, dtype=torch.complex64),
         torch.tensor([[1.0, math.nan]]),
         torch.tensor([[1.0, math.inf]]),
+        torch.zeros(2, 3, device="meta"),
+        torch.zeros(2, 3).to_sparse(),
         "an image",
         None,
     ],

@@ -260,7 +260,7 @@ def test_every_file_is_there(output):
 
 def test_rows_are_what_was_planned(output):
     trace = ck.Trace.load(output.folder / "digits.trace.safetensors")
-    chosen = choose(digits.load(), trace, counts_of(20, short=True), output.results["seed"] + 1, refine=0)
+    chosen = choose(digits.load(), trace, counts_of(20, short=True), output.results["seed"] + 1)
     planned = settings(20, trace, chosen, short=True)
     assert [entry["label"] for entry in output.rows] == [setting.label for setting in planned]
     assert {entry["group"] for entry in output.rows} == set(pictures.COLOURS)

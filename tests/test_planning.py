@@ -263,6 +263,9 @@ def test_a_plan_that_is_not_there_is_refused(tmp_path):
             ck.Plan.load(path)
     with pytest.raises(ArgumentError, match="2 steps: it has 3 timesteps"):
         ck.Plan((True, False), timesteps=(3.0, 2.0, 1.0))
+    for parts in ({"timesteps": None}, {"timesteps": ("a", "b")}, {"error": "0.1"}, {"computed": ()}):
+        with pytest.raises(ArgumentError):
+            ck.Plan(**{"computed": (True, False), **parts})
 
 
 def test_named_forecasters():

@@ -309,9 +309,14 @@ def test_a_trace_of_matrices_that_do_not_fit_is_refused():
     for values in ([], [torch.ones(2)] * 3, [torch.ones(2), torch.ones(3)]):
         with pytest.raises(ArgumentError, match="`values`"):
             ck.Trace.of(values, 2)
-    for values in (None, 5, [1.0, 2.0], [torch.ones(2).numpy()] * 2):
+    for values in (None, 5, [1.0, 2.0], [torch.ones(2).numpy()] * 2, [torch.ones(2) * 1j] * 2):
         with pytest.raises(ArgumentTypeError, match="`values`"):
             ck.Trace.of(values, 2)
+    for more in ({"notes": None}, {"weights": [1.0]}):
+        with pytest.raises(ArgumentTypeError, match=f"`{next(iter(more))}`"):
+            ck.Trace(good.streams, good.timesteps, good.step_sizes, **more)
+    with pytest.raises(ArgumentError, match="`spread`"):
+        ck.Trace(good.streams, good.timesteps, good.step_sizes, spread="wide")
     for state in (5, None, {"cond": 5}, [1]):
         with pytest.raises(ArgumentTypeError, match="`state`"):
             ck.Trace.from_state(state)

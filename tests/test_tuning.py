@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from piping import STEPS, image, piped
+from piping import NO_TEXT, STEPS, autoencoder, image, piped
 from test_cli import call, read
 
 import cachekit as ck
 import cachekit.diffusers as ckd
 from cachekit import ArgumentError, StateError
+from cachekit.diffusers import zoo
 from cachekit.drawing import png
 from cachekit.planning import pictures
 
@@ -158,6 +159,64 @@ def test_guidance_that_changes_on_the_way_is_that_of_the_start():
         image(made, guidance_scale=3.0, callback_on_step_end=stronger)
         with pytest.raises(ArgumentError, match=r"`guidance` is 4\.0"):
             image(made, guidance_scale=4.0)
+
+
+def test_guidance_that_ends_on_the_way_is_guidance():
+    made = piped("wan")
+
+    def stop(pipe, step, timestep, values):
+        pipe._guidance_scale = 0.0 if step >= 3 else pipe._guidance_scale
+        return values
+
+    with ckd.cached(made.pipe, {"cond": ck.recording("output")}) as run:
+        image(made, callback_on_step_end=stop)
+    assert run.trace().notes["streams"] == "cond, uncond"
+    with ckd.cached(made.pipe, {"cond": ck.planned(ck.plan(run.trace(), computed=4))}):
+        image(made, callback_on_step_end=stop)
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made, callback_on_step_end=stop)
+    with pytest.raises(StateError, match=f"'uncond' has done 4 of {STEPS}"):
+        run.trace()
+
+
+def test_a_call_that_changes_its_arguments_on_the_way_is_no_recording():
+    made, inputs = piped("sd3"), ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+
+    def halve(pipe, step, timestep, values):
+        if step == 3:
+            pipe._guidance_scale = 0.0
+            values |= {name: values[name][-1:] for name in inputs[1:]}
+        return values
+
+    with ckd.cached(made.pipe, ck.recording("output")) as run:
+        image(made, callback_on_step_end=halve, callback_on_step_end_tensor_inputs=inputs)
+    with pytest.raises(StateError, match=f"began anew after 4 of {STEPS} steps"):
+        run.trace()
+
+
+def test_guidance_that_only_the_call_knows_is_compared():
+    import diffusers
+
+    draw, model = zoo.Draw(7), zoo.specimen("PixArt").model
+    pipe = diffusers.PixArtSigmaPipeline(
+        transformer=model, scheduler=diffusers.DDIMScheduler(), vae=autoencoder(), **NO_TEXT
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text, mask = (draw(1, zoo.TEXT, model.config.caption_channels) for _ in range(2)), torch.ones(1, zoo.TEXT)
+    given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), text, strict=True))
+    given |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+    given |= {"height": 64, "width": 64, "use_resolution_binning": False, "output_type": "latent"}
+
+    def sample(scale: float) -> None:
+        pipe(**given, num_inference_steps=4, guidance_scale=scale, generator=torch.Generator().manual_seed(0))
+
+    with ckd.cached(pipe, ck.recording("output")) as run:
+        sample(4.5)
+    assert run.trace().notes["guidance"] == "4.5"
+    with ckd.cached(pipe, ck.planned(ck.plan(run.trace(), computed=2))):
+        sample(4.5)
+        with pytest.raises(ArgumentError, match=r"`guidance` is 1\.0"):
+            sample(1.0)
 
 
 def test_a_call_can_be_asked_for_its_trace_before_it_ends():

@@ -37,7 +37,7 @@ Examples:
 CHOOSE = """\b
 Examples:
   cachekit choose digits.trace.safetensors digits --at-least "40 dB" --out digits.plan.json
-  cachekit choose cat.trace.safetensors ./my-pipeline --prompt "a dog" --seed 7 --at-least 30
+  cachekit choose cat.trace.safetensors ./my-pipeline --prompt "a dog" --set guidance_scale=3.5 --at-least 30
   cachekit choose digits.trace.safetensors digits --computed 9 --refine 20
 """
 

@@ -25,8 +25,6 @@ from cachekit.demo.verdict import gain, headline
 from cachekit.diffusers import digits
 
 PACKAGES = ("torch", "diffusers", "scikit-learn", "matplotlib")
-REFINE = 10
-"""Runs that are spent on each chosen plan, but in a short demo."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo") -> None:
@@ -57,8 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
         "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, all runs in one process",
         "Noise of the timing": f"a computed forward of the {len(labels)} digits took {paces}",
         "mag_cache, planned": "from one uncached run of 20 digits in other noise: digits.trace.safetensors",
-        "chosen": "by runs of those digits: the best of three plans and two even intervals"
-        + ("" if args.short else f", and of {REFINE} ways to move a step of it"),
+        "chosen": "by runs of those digits: the best of three plans and two even intervals",
         "Machine": system,
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
@@ -109,9 +106,9 @@ def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespa
         # Noise of its own: recorded on what is judged, ratios and plans would know the answer.
         trace = record(model, args.steps, args.seed + 1, progress.update)
         progress.set_description("choosing")
-        counts, refine = counts_of(args.steps, args.short), 0 if args.short else REFINE
-        progress.total += (1 + len(counts) * (5 + refine)) * args.steps  # at most
-        chosen = choose(model, trace, counts, args.seed + 1, refine, progress.update)
+        counts = counts_of(args.steps, args.short)
+        progress.total += (1 + 5 * len(counts)) * args.steps  # at most
+        chosen = choose(model, trace, counts, args.seed + 1, tick=progress.update)
         planned = settings(args.steps, trace, chosen, args.short)
         progress.total = progress.n + (2 if args.compile else 1) * sum(setting.steps for setting in planned)
         run(model, Setting(UNCACHED, "warm-up", 2), labels, args.seed)

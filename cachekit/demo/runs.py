@@ -89,7 +89,8 @@ class Row(NamedTuple):
 
 def counts_of(steps: int, short: bool = False) -> list[int]:
     """Numbers of computed steps that are planned for."""
-    return [round(share * steps) for share in ((0.4, 0.2) if short else (0.5, 0.38, 0.26, 0.2))]
+    shares = (0.4, 0.2) if short else (0.5, 0.38, 0.26, 0.2)
+    return list(dict.fromkeys(round(share * steps) for share in shares))
 
 
 def settings(
@@ -289,7 +290,7 @@ def choose(
     trace: ck.Trace,
     counts: Iterable[int],
     seed: int,
-    refine: int,
+    refine: int = 0,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[int, ck.Plan]:
     """For every number of computed steps the plan that keeps most of the digits of a recording, in its noise."""

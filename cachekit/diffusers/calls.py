@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,7 @@ class Stream:
     computed: list[bool] = field(default_factory=list)  # one a call
     seconds: float = 0.0  # of all calls
     setup: float = 0.0  # of them, to look at the model and to make states
+    cut: tuple[int, int] | None = None  # steps done and steps in all, of a trajectory that was not finished
     bytes: int = 0
 
     @property
@@ -68,12 +69,13 @@ class Call:
         variant: Callable[[Policy, bool | None], Policy],
         *,
         separate: bool,
-        scale: float | None,
+        scales: Mapping[str, float],
     ) -> None:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.separate = separate
         self.used_with: dict[str, dict[str, Any]] = {}  # by transformer, at the start of its last trajectory
-        self._scale = scale  # what the call was given as `true_cfg_scale`
+        self._guided: dict[str, str] = {}  # by transformer: what its first step has shown
+        self._scales = scales  # of guidance, as the call was given them, by argument
         self.stand_ins = {name: stand_in(model, self._calling(name), self._context) for name, model in models.items()}
         self._pipe = pipe
         self._models = models
@@ -98,11 +100,10 @@ class Call:
         """The whole schedule."""
         return self._schedule.times
 
-    def called(self, component: str, times: int) -> str:
-        """The streams of a transformer that were called so many times or more, cached or not: whether it is guided."""
-        return ", ".join(
-            name for (of, name), each in self.streams.items() if of == component and len(each.computed) >= times
-        )
+    def guided(self, component: str) -> str:
+        """The streams of the first step of a transformer, cached or not: whether it is guided."""
+        names = ", ".join(name for (of, name), stream in self.streams.items() if of == component and stream.computed)
+        return self._guided.setdefault(component, names)
 
     @contextmanager
     def _context(self, name: str) -> Iterator[None]:
@@ -180,6 +181,8 @@ class Call:
             or int(state.step) >= len(state.timesteps)
             or (index is not None and stream.begun is not None and stream.begun + int(state.step) != index)
         ):
+            if state is not None and int(state.step) < len(state.timesteps):
+                stream.cut = int(state.step), len(state.timesteps)
             stream.step, stream.policy, stream.form, stream.begun = (
                 self._step_of(component, policy),
                 policy,
@@ -194,7 +197,7 @@ class Call:
             stream.bytes = state_bytes(state)
             stream.setup += time.perf_counter() - started
         if int(state.step) == 1:  # by now every stream of a step has come, and this one not again
-            check_made_for(policy.made_for, streams=self.called(component, 1))
+            check_made_for(policy.made_for, streams=self.guided(component))
         out, stream.state = _of(stream.step)(state, *args, **kwargs)
         stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
         return out
@@ -237,13 +240,16 @@ class Call:
 
     def _used_with(self, component: str) -> dict[str, Any]:
         """What else than the transformer a trajectory depends on, where the pipeline tells."""
-        scheduler, guidance = getattr(self._pipe, "scheduler", None), getattr(self._pipe, "guidance_scale", None)
+        pipe, given = self._pipe, self._scales.get("guidance_scale")
+        scheduler, guidance = getattr(pipe, "scheduler", None), getattr(pipe, "guidance_scale", given)
+        if guidance is None:
+            guidance = getattr(getattr(pipe, "guider", None), "guidance_scale", None)
         if component.endswith("_2"):
-            guidance = getattr(self._pipe, "_guidance_scale_2", guidance)
+            guidance = getattr(pipe, "_guidance_scale_2", guidance)
         return {
             "scheduler": None if scheduler is None else type(scheduler).__name__,
             "guidance": guidance if isinstance(guidance, (int, float)) else None,
-            "true_cfg_scale": self._scale,
+            "true_cfg_scale": self._scales.get("true_cfg_scale"),
         }
 
 

@@ -17,7 +17,7 @@ from cachekit.diffusers.compat import refuse, refuse_hooks
 from cachekit.diffusers.configs import from_config, is_config
 from cachekit.diffusers.reports import Report, StreamReport
 from cachekit.diffusers.standins import MARK, pipeline_class
-from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.planning.sampler import step_sizes
 from cachekit.planning.trace import Trace
 from cachekit.policy import Policy
@@ -113,11 +113,17 @@ class Run:
             raise ArgumentError(f"`transformer` {transformer!r} has recorded nothing; there is {there}.")
         # Beside one that is recorded another may be cached.
         states = {name: state for name, state in states.items() if streams[transformer, name].recorded} or states
+        for name in states:
+            if cut := streams[transformer, name].cut:
+                raise StateError(
+                    f"{name!r} of {transformer!r} began anew after {cut[0]} of {cut[1]} steps, with other arguments or "
+                    "at another timestep. Record a call that goes through, e.g. without a callback that changes them."
+                )
         used = {name: value for name, value in call.used_with[transformer].items() if value is not None}
         # The last step goes on to where the next transformer begins, which this one does not know.
         begun, steps = streams[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
         sizes = None if begun is None else step_sizes(call.times)[begun : begun + steps]
-        used["streams"] = call.called(transformer, steps)
+        used["streams"] = call.guided(transformer)
         if "," not in used["streams"]:  # nothing was guided by it
             used.pop("true_cfg_scale", None)
         return Trace.from_state(states, step_sizes=sizes, notes={"model": self._class.__name__, **used})
@@ -136,7 +142,7 @@ class Run:
             self._step_of,
             self._variant,
             separate=self._separate,
-            scale=self._scale(args, kwargs),
+            scales=self._scales(args, kwargs),
         )
         calls: list[Call] = self._here.__dict__.setdefault("calls", [])
         calls.append(call)
@@ -148,15 +154,15 @@ class Run:
             self._separate |= call.separate
             call.end()
 
-    def _scale(self, args: tuple, kwargs: dict[str, Any]) -> float | None:
-        """What the pipeline is given as the scale of guidance with two streams, where that has a name of its own."""
+    def _scales(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
+        """What the pipeline is given as scales of guidance, by argument."""
         try:
             bound = inspect.signature(self._class.__call__).bind(self._pipe, *args, **kwargs)
         except TypeError:  # the pipeline itself says what is wrong
-            return None
+            return {}
         bound.apply_defaults()
-        scale = bound.arguments.get("true_cfg_scale")
-        return scale if isinstance(scale, (int, float)) else None
+        given = {name: bound.arguments.get(name) for name in ("guidance_scale", "true_cfg_scale")}
+        return {name: scale for name, scale in given.items() if isinstance(scale, (int, float))}
 
     def owns(self, pipe: Any) -> bool:
         """Whether it is this pipeline, and not one that was made of its class meanwhile."""

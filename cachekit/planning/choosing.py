@@ -164,15 +164,15 @@ class _Plans:
             for spread in spreads
         ]
         self.counts = [len(plan.steps) for plan in fronts[0]]
-        self._by_count = {len(plans[0].steps): plans for plans in zip(*fronts, strict=True)}
+        self._best = {len(plans[0].steps): [plan.steps for plan in plans] for plans in zip(*fronts, strict=True)}
         self._even = even
         self._plan = functools.cache(lambda nodes: computing(trace, nodes, forecaster=forecaster, site=site))
         self._steps, self._longest, self._forced = len(trace), max_gap, {0, *always}
 
     def of(self, count: int) -> tuple[Plan, ...]:
-        """Of so many computed steps, those that differ."""
-        even = map(self._plan, filter(self._fits, _even(self._steps, count))) if self._even else ()
-        return tuple({plan.steps: plan for plan in (*self._by_count[count], *even)}.values())
+        """Of so many computed steps, those that differ; each with the error that the trace itself predicts."""
+        even = filter(self._fits, _even(self._steps, count)) if self._even else ()
+        return tuple(map(self._plan, dict.fromkeys((*self._best[count], *even))))
 
     def near(self, plan: Plan) -> list[Plan]:
         """The plan with one step moved, by predicted error."""
@@ -241,15 +241,18 @@ class _Runs:
 
 
 def _samples(returned: Any) -> Tensor:
-    """What `run` returned."""
+    """What `run` returned, as float64: a copy, for `run` may write where it wrote before."""
     try:
         samples = torch.as_tensor(returned).detach()
+        if samples.dtype is torch.bool or samples.is_complex():
+            raise TypeError(f"{samples.dtype} is no real number")
+        samples = samples.to(device="cpu", dtype=torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"`run` must return samples [B, ...], got {type(returned).__name__}.") from error
-    if samples.dtype is torch.bool or samples.is_complex():
-        raise ArgumentError(f"`run` must return real numbers, got {samples.dtype}.")
-    if not samples.ndim or not samples.numel():
-        raise ArgumentError(f"`run` must return samples [B, ...], got {list(samples.shape)}.")
+        raise ArgumentTypeError(
+            f"`run` must return samples [B, ...], numbers, got {type(returned).__name__}: {error}."
+        ) from error
+    if samples.layout is not torch.strided or not samples.ndim or not samples.numel():
+        raise ArgumentError(f"`run` must return samples [B, ...], dense, got {list(samples.shape)}, {samples.layout}.")
     return samples
 
 

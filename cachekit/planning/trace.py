@@ -73,7 +73,10 @@ class Trace:
             raise ArgumentError(
                 f"`step_sizes` is {list(self.step_sizes.shape)}, and there are {steps} timesteps: give one a step."
             )
-        if self.spread is not None and not 0 < self.spread < math.inf:
+        for name, each in (("notes", self.notes), ("weights", self.weights)):
+            if not isinstance(each, Mapping):
+                raise ArgumentTypeError(f"`{name}` must be a mapping, got {type(each).__name__}.")
+        if self.spread is not None and not (isinstance(self.spread, (int, float)) and 0 < self.spread < math.inf):
             raise ArgumentError(
                 f"`spread` must be positive or None, got {self.spread!r}. 0.5 is half that of the noise."
             )
@@ -155,7 +158,7 @@ class Trace:
         if times is None:
             raise ArgumentError("`state` is an empty mapping. Give the state of at least one stream.")
         texts = _texts(notes)
-        factors = _guided(streams, texts) if weights is None else dict(weights)
+        factors = _guided(streams, texts) if weights is None else weights
         return cls(streams, times.clone(), sizes_of(times, step_sizes), texts, factors)
 
     @classmethod
@@ -177,8 +180,12 @@ class Trace:
         if site not in SITES:
             raise ArgumentError(f"`site` must be one of {', '.join(map(repr, SITES))}, got {site!r}.")
         times = trajectory(timesteps)
-        if not isinstance(values, (Sequence, Tensor)) or not all(isinstance(value, Tensor) for value in values):
-            raise ArgumentTypeError(f"`values` must hold one tensor a step, got {type(values).__name__}.")
+        if not isinstance(values, (Sequence, Tensor)) or not all(
+            isinstance(value, Tensor) and not value.is_complex() for value in values
+        ):
+            raise ArgumentTypeError(
+                f"`values` must hold one tensor of real numbers a step, got {type(values).__name__}."
+            )
         shapes = [list(value.shape) for value in values]
         if len(values) != len(times) or any(shape != shapes[0] for shape in shapes):
             raise ArgumentError(
@@ -343,7 +350,7 @@ class Trace:
     def _known(self, site: str) -> str:
         if site not in self.sites:
             raise ArgumentError(
-                f"{site!r} was not recorded, only {', '.join(map(repr, self.sites))}. Record it with "
+                f"{site!r} was not recorded of every stream, only {', '.join(self.sites) or 'nothing'}. Record it with "
                 "cachekit.recording(sites=...)."
             )
         return site
