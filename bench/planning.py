@@ -104,7 +104,7 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
     for budget, skips in ((0.03, 2), (0.06, 2), (0.06, 3), (0.12, 4), (0.2, 6)):
         policy = ck.mag_cache(trace.mag_ratios(), threshold=budget, max_skips=skips, retention=0.0)
         yield Setting("mag_cache", f"{budget:g} ({skips})", STEPS, policy)
-    for warmup in (1, 2, 3):
+    for warmup in (2, 3):
         for interval in (2, 3, 4, 5, 6, 7):
             output = ck.taylorseer(interval, warmup=warmup, sites="output")
             yield Setting("taylorseer, output", f"{interval} ({warmup})", STEPS, output)
@@ -112,14 +112,17 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
                 yield Setting("taylorseer", f"{interval} ({warmup})", STEPS, ck.taylorseer(interval, warmup=warmup))
     # Even intervals that end in computed steps, as many as the number of them leaves.
     for budget in BUDGETS:
-        for interval in (math.ceil(STEPS / budget), math.ceil(STEPS / budget) + 1):
-            for sites in ("output", "attention+mlp") if interval * budget < STEPS + budget else ("output",):
-                for after in range(STEPS + 1):
-                    policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
-                    if sum(ck.deciders.plan(policy.deciders["all"], STEPS)) == budget:
-                        name = "taylorseer, output" if sites == "output" else "taylorseer"
-                        yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
-                        break
+        shortest = math.ceil(STEPS / budget)
+        for name, sites, interval in (
+            ("taylorseer, output", "output", shortest),
+            ("taylorseer, output", "output", shortest + 1),
+            ("taylorseer", "attention+mlp", shortest),
+        ):
+            for after in range(STEPS + 1):
+                policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
+                if sum(ck.deciders.plan(policy.deciders["all"], STEPS)) == budget:
+                    yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
+                    break
     for spatial, cross in ((2, None), (2, 4), (3, 6)):
         policy = ck.pyramid_attention_broadcast(spatial, cross=cross)
         yield Setting("pyramid_attention_broadcast", f"{spatial} ({cross})", STEPS, policy)

@@ -93,9 +93,7 @@ def counts_of(steps: int, short: bool = False) -> list[int]:
     return list(dict.fromkeys(round(share * steps) for share in shares))
 
 
-def settings(
-    steps: int, trace: ck.Trace, chosen: Mapping[int, ck.Plan] | None = None, short: bool = False
-) -> list[Setting]:
+def settings(steps: int, trace: ck.Trace, chosen: Mapping[int, ck.Plan], short: bool = False) -> list[Setting]:
     """All settings of a run of `steps` steps, in the order of the table; a few of them for a `short` one.
 
     The ratios of MagCache and the plans are from the trace of another run, `chosen` by number of computed steps.
@@ -181,10 +179,7 @@ def settings(
         *(Setting("combination", detail, steps, policy, True) for detail, policy in combinations),
         *(
             Setting(group, f"{count} + newton 1, output", steps, ck.planned(plan), True)
-            for group, made in (
-                (PLANNED, {count: plans[count - 1] for count in counts_of(steps, short)}),
-                (CHOSEN, chosen or {}),
-            )
+            for group, made in ((PLANNED, {n: plans[n - 1] for n in counts_of(steps, short)}), (CHOSEN, chosen))
             for count, plan in made.items()
         ),
     ]

@@ -225,7 +225,8 @@ class _Runs:
 
     def best(self, plans: Sequence[Plan], most: float = math.inf) -> Plan:
         """The plan that keeps most, of those that `most` runs in all leave time for; the first in any case."""
-        return max((plan for n, plan in enumerate(plans) if not n or self._may(plan, most)), key=self.kept)
+        may_run = (p for n, p in enumerate(plans) if not n or p.steps in self._kept or len(self.measured) < most)
+        return max(may_run, key=self.kept)
 
     def refined(self, best: Plan, plans: _Plans, most: int, wanted: float = math.inf) -> Plan:
         """A plan that keeps more, or as much as is wanted, found by moving one step at a time."""
@@ -235,9 +236,6 @@ class _Runs:
                 break
             best = max(best, near, key=self.kept)
         return best
-
-    def _may(self, plan: Plan, most: float) -> bool:
-        return plan.steps in self._kept or len(self.measured) < most
 
 
 def _samples(returned: Any) -> Tensor:

@@ -246,7 +246,6 @@ def sweep(trace: Trace, make: Callable[[Any], Policy], settings: Iterable[float]
         >>> [replayed.computed_steps for replayed in ck.sweep(trace, every, [2, 4]).replays]
         [4.0, 2.0]
     """
-    check_trace(trace)
     if not callable(make):
         raise ArgumentTypeError(f"`make` must be a function from a setting to a policy, got {type(make).__name__}.")
     ordered = list(settings) if isinstance(settings, Iterable) else []
