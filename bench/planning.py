@@ -9,10 +9,13 @@ predicted errors rank real runs; and what a plan from a recording of another len
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from cachekit.diffusers import digits
 
 STEPS = 50
 BUDGETS = range(8, 31)
-REFINE = 30
+REFINE = 20
 """Runs that are spent on a chosen plan."""
 RESULTS = Path(__file__).with_name("results")
 
@@ -42,15 +45,14 @@ def main() -> None:
     parser.add_argument(
         "--plans", type=int, default=30, help="random plans whose predicted errors are held against runs"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of the runs, a thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of planning.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     made = record("cpu", args.seeds)
     if not args.parts or "speed" in args.parts:
         made["rows"] = speed()
     if not args.parts or "quality" in args.parts:
-        made["quality"] = quality(args.seeds, args.digits, args.plans)
+        made["quality"] = quality(args.seeds, args.digits, args.plans, args.jobs)
     write(made, args.out, "planning")
 
 
@@ -72,13 +74,12 @@ def speed() -> list[dict[str, Any]]:
     rows = []
     for steps in (50, 100):
         trace = walk(steps)
-        for order in (0, 1, 2):
-            forecaster = ck.forecasters.newton(order)
+        for order, repay in ((0, False), (1, False), (1, True), (2, False)):
+            forecaster = ck.forecasters.newton(order, repay=repay)
             seconds = [_timed(lambda: ck.frontier(trace, forecaster=forecaster)) for _ in range(3)]  # noqa: B023
-            rows.append({"what": f"plan, newton {order}", "steps": steps, "seconds": statistics.median(seconds)})
+            rows.append({"what": f"plan, {forecaster.name}", "steps": steps, "seconds": statistics.median(seconds)})
         every = [step % 4 == 0 for step in range(steps)]
-        newton = ck.forecasters.newton(1)
-        for policy in (ck.step_mask(every, forecaster=newton, sites="output"), ck.first_block_cache(0.3)):
+        for policy in (mask(every), ck.first_block_cache(0.3)):
             ck.replay(trace, policy)
             seconds = [_timed(lambda: ck.replay(trace, policy)) for _ in range(100)]  # noqa: B023
             name = policy.name.partition("(")[0]
@@ -113,13 +114,14 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
     # Even intervals that end in computed steps, as many as the number of them leaves.
     for budget in BUDGETS:
         shortest = math.ceil(STEPS / budget)
-        for name, sites, interval in (
-            ("taylorseer, output", "output", shortest),
-            ("taylorseer, output", "output", shortest + 1),
-            ("taylorseer", "attention+mlp", shortest),
+        for name, sites, interval, order in (
+            ("taylorseer, output", "output", shortest, 1),
+            ("taylorseer, output", "output", shortest + 1, 1),
+            ("taylorseer 2, output", "output", shortest, 2),
+            ("taylorseer", "attention+mlp", shortest, 1),
         ):
             for after in range(STEPS + 1):
-                policy = ck.taylorseer(interval, warmup=1, cooldown_after=after, sites=sites)
+                policy = ck.taylorseer(interval, order=order, warmup=1, cooldown_after=after, sites=sites)
                 if sum(ck.deciders.plan(policy.deciders["all"], STEPS)) == budget:
                     yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
                     break
@@ -131,15 +133,20 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
 
 def mask(computed: list[bool]) -> ck.Policy:
     """With the forecaster and site of the plans."""
-    return ck.step_mask(computed, forecaster=ck.forecasters.newton(1), sites="output")
+    return ck.step_mask(computed, forecaster=ck.forecasters.newton(1, repay=True), sites="output")
 
 
-def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
+def quality(seeds: int, count: int, plans: int, jobs: int) -> dict[str, Any]:
     """PSNR of plans and methods over seeds, and how predicted errors rank runs."""
     model = digits.load()
     trace = runs.record(model, STEPS, seed=1)
     found = ck.frontier(trace, most=max(BUDGETS))
-    plans_by = {"planned": {f"{budget}": found[budget - 1] for budget in BUDGETS}, **choices(model, trace)}
+    bare = ck.frontier(trace, most=max(BUDGETS), forecaster=ck.forecasters.newton(1))
+    plans_by = {
+        "planned, not repaid": {f"{budget}": bare[budget - 1] for budget in BUDGETS},
+        "planned": {f"{budget}": found[budget - 1] for budget in BUDGETS},
+        **choices(model, trace, jobs),
+    }
     settings = [
         Setting(group, budget, STEPS, ck.planned(plan))
         for group, by_budget in plans_by.items()
@@ -149,47 +156,51 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     settings += [Setting(FEWER, f"{steps}", steps) for steps in (10, 13, 19, 25, 30)]
     generator = torch.Generator().manual_seed(0)
     random = [_random(generator) for _ in range(plans)]
-    total = seeds * (1 + len(settings)) + len(random)
-    distances: dict[str, list[float]] = {setting.label: [] for setting in settings}
-    steps: dict[str, list[float]] = {setting.label: [] for setting in settings}
-    measured: list[float] = []
-    with tqdm(total=total, unit="run", mininterval=0.5, dynamic_ncols=True) as progress:
-        for seed in range(10, 10 + seeds):
-            labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
-            reference = run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
-            progress.update()
-            for setting in settings:
-                trial = run(model, setting, labels, seed)
-                distances[setting.label].append(psnr(trial.samples, reference).mean().item())
-                computed = [sum(stream) for stream in trial.computed.values()]
-                steps[setting.label].append(sum(computed) / len(computed))
-                progress.update()
-            if seed == 10:
-                for nodes in random:
-                    chosen = mask([step in nodes for step in range(STEPS)])
-                    trial = run(model, Setting("random", "", STEPS, chosen), labels, seed)
-                    measured.append(psnr(trial.samples, reference).mean().item())
-                    progress.update()
+    masks = [
+        Setting("random", f"{n}", STEPS, mask([step in nodes for step in range(STEPS)]))
+        for n, nodes in enumerate(random)
+    ]
+    trials = [(setting, seed) for seed in range(10, 10 + seeds) for setting in settings]
+    trials += [(setting, 10) for setting in masks]
+
+    @functools.cache
+    def uncached(seed: int) -> tuple[Tensor, Tensor]:
+        labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
+        return labels, run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
+
+    def tried(trial: tuple[Setting, int]) -> tuple[float, float]:
+        """PSNR and computed steps."""
+        setting, seed = trial
+        labels, reference = uncached(seed)
+        made = run(model, setting, labels, seed)
+        computed = [sum(stream) for stream in made.computed.values()]
+        return psnr(made.samples, reference).mean().item(), sum(computed) / len(computed)
+
+    keys = [(setting.label, seed) for setting, seed in trials]
+    scores = dict(zip(keys, in_processes(tried, trials, jobs, "run"), strict=True))
     rows = [
         {
             "group": setting.group,
             "detail": setting.detail,
             "partial": setting.partial,
-            "computed": statistics.mean(steps[setting.label]),
-            "psnr": statistics.mean(distances[setting.label]),
-            "spread": statistics.stdev(distances[setting.label]) if seeds > 1 else None,
+            "computed": statistics.mean(computed for _, computed in scored),
+            "psnr": statistics.mean(distances),
+            "spread": statistics.stdev(distances) if seeds > 1 else None,
             "predicted": plan.error if plan else None,
             "plan": list(plan.steps) if plan else None,
         }
         for setting in settings
         for plan in [plans_by.get(setting.group, {}).get(setting.detail)]
+        for scored in [[scores[setting.label, seed] for seed in range(10, 10 + seeds)]]
+        for distances in [[distance for distance, _ in scored]]
     ]
-    predicted = [ck.replay(trace, mask([step in nodes for step in range(STEPS)])).error for nodes in random]
+    measured = [scores[setting.label, 10][0] for setting in masks]
+    predicted = [ck.replay(trace, setting.policy).error for setting in masks if setting.policy]
     rank = spearman([-error for error in predicted], measured) if random else None
-    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'refined, no more steps':>24}")
+    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'chosen, no more steps':>24}")
     for row in rows:
-        row["refined"] = best = _refined_at(row["computed"], rows)
-        versus = "" if row["group"] == "refined" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
+        row["chosen"] = best = _chosen_at(row["computed"], rows)
+        versus = "" if row["group"] == "chosen" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
         mark = "*" if row["partial"] else " "
         name = f"{row['group']} {row['detail']}"
         print(f"{name:<36} {row['computed']:>7.1f}{mark} {row['psnr']:>6.1f} {row['spread'] or 0:>6.2f} {versus:>24}")
@@ -208,14 +219,37 @@ def quality(seeds: int, count: int, plans: int) -> dict[str, Any]:
     }
 
 
-def choices(model: torch.nn.Module, trace: ck.Trace) -> dict[str, dict[str, ck.Plan]]:
+def choices(model: torch.nn.Module, trace: ck.Trace, jobs: int) -> dict[str, dict[str, ck.Plan]]:
     """For every budget the plan that does best on the digits and the noise of the recording, without and with moves."""
-    made = {}
-    for name, refine in (("chosen", 0), ("refined", REFINE)):
-        total = len(BUDGETS) * (5 + refine) * STEPS  # at most
-        with tqdm(total=total, desc=name, unit="step", mininterval=0.5, dynamic_ncols=True) as progress:
-            plans = runs.choose(model, trace, BUDGETS, 1, refine, progress.update)
-        made[name] = {f"{count}": plan for count, plan in plans.items()}
+
+    def chosen(budget: int) -> tuple[ck.Plan, ck.Plan]:
+        plain, refined = (runs.choose(model, trace, [budget], 1, refine)[budget] for refine in (0, REFINE))
+        return plain, refined
+
+    made = in_processes(chosen, BUDGETS, jobs, "budget")
+    return {
+        name: {f"{budget}": plans[n] for budget, plans in zip(BUDGETS, made, strict=True)}
+        for n, name in enumerate(("chosen", "refined"))
+    }
+
+
+WORK: list[Any] = []
+"""What the processes of `in_processes` do: forked with it, for settings hold functions, which cannot be sent."""
+
+
+def _work(n: int) -> Any:
+    function, items = WORK
+    return function(items[n])
+
+
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs: int, unit: str) -> list[Any]:
+    """`function` of every item, in as many processes, of one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    WORK[:] = [function, items]
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        made = list(tqdm(pool.imap(_work, range(len(items))), total=len(items), unit=unit, dynamic_ncols=True))
+    torch.set_num_threads(threads)
     return made
 
 
@@ -248,9 +282,9 @@ def _random(generator: torch.Generator) -> set[int]:
     return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
 
 
-def _refined_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
-    """PSNR of the refined plan with the most steps that are no more than these."""
-    fitting = [row for row in rows if row["group"] == "refined" and row["computed"] <= computed + 1e-9]
+def _chosen_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
+    """PSNR of the chosen plan with the most steps that are no more than these."""
+    fitting = [row for row in rows if row["group"] == "chosen" and row["computed"] <= computed + 1e-9]
     return max(fitting, key=lambda row: row["computed"])["psnr"] if fitting else None
 
 

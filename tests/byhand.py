@@ -108,6 +108,22 @@ def newton(order: int) -> Callable[[dict[int, Tensor], int], Tensor]:
     return lambda points, at: polynomial(dict(list(points.items())[-order - 1 :]), at)
 
 
+def repaid(order: int) -> Callable[[dict[int, Tensor], int], Tensor]:
+    """What the gap before the last value was off, where all is known by now, on top of the very next forecast."""
+
+    def forecast(points: dict[int, Tensor], at: int) -> Tensor:
+        total, (*earlier, last) = newton(order)(points, at), points
+        if earlier and at == last + 1:
+            before, now = (
+                {step: points[step] for step in steps[-order - 1 - n :]} for n, steps in ((0, earlier), (1, [*points]))
+            )
+            for step in range(earlier[-1] + 1, last):
+                total = total + polynomial(now, step) - polynomial(before, step)
+        return total
+
+    return forecast
+
+
 def taylor(order: int) -> Callable[[dict[int, Tensor], int], Tensor]:
     """Derivatives by differences of successive computed steps, as the paper writes them."""
 

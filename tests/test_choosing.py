@@ -41,8 +41,8 @@ def test_choosing_halves_in_on_the_fewest_steps(recorded):
     trace = ck.Trace.from_state(state)
     choice = ck.choose(trace, sample, "35 dB")
     assert ran[0] is None and len(ran) == 1 + len(choice.measured) <= 1 + 5 * 4
-    assert max(quality for computed, quality in choice.measured if computed == len(choice.plan.steps)) >= 35
-    assert all(quality < 35 for computed, quality in choice.measured if computed < len(choice.plan.steps))
+    assert max(quality for plan, quality in choice.measured if len(plan.steps) == len(choice.plan.steps)) >= 35
+    assert all(quality < 35 for plan, quality in choice.measured if len(plan.steps) < len(choice.plan.steps))
     assert "to keep 35 dB" in str(choice)
     ran.clear()
     alone = ck.choose(trace, sample, "35 dB", spreads=(None,), even=False)
@@ -69,7 +69,7 @@ def test_choosing_takes_the_plan_that_keeps_most():
 
         choice = ck.choose(trace, sample, computed=5, spreads=(None, 0.6, 0.2, 0.2), even=False, peak=1.0)
         assert choice.plan.steps == wanted.steps and choice.at_least is None
-        assert [computed for computed, _ in choice.measured] == [5, 5, 5]  # no plan is run twice
+        assert [plan.steps for plan, _ in choice.measured] == [plan.steps for plan in plans]  # no plan is run twice
         assert max(quality for _, quality in choice.measured) == pytest.approx(60)
         assert str(choice).endswith("dB") and "measured:" in str(choice)
         assert ck.choose(trace, sample, computed=5, spreads=(None,), even=False, peak=1.0).plan.steps == plans[0].steps
@@ -146,7 +146,9 @@ def test_refining_moves_single_steps_and_keeps_what_is_better():
     everything = ck.choose(trace, ran({}, seen), computed=5, refine=1000, **options)
     assert everything.plan.steps == first == seen[0] and set(seen[1:]) == near and len(seen) == 1 + len(near)
     predicted = [
-        ck.replay(trace, ck.step_mask([s in n for s in range(14)], forecaster=newton(1), sites="output")).error
+        ck.replay(
+            trace, ck.step_mask([s in n for s in range(14)], forecaster=newton(1, repay=True), sites="output")
+        ).error
         for n in seen[1:]
     ]
     assert predicted == sorted(predicted)
@@ -169,12 +171,34 @@ def test_refining_moves_single_steps_and_keeps_what_is_better():
     assert all(b - a <= 4 for nodes in seen for a, b in itertools.pairwise((*nodes, 14)))
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.integers(2, 20), st.floats(0.0, 3.0))
+def test_a_move_that_only_fits_these_samples_is_not_made(seed, count, gain):
+    trace, seen = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14)), []
+    options = {"spreads": (None,), "even": False, "peak": 1.0}
+    ck.choose(trace, ran({}, seen), computed=5, refine=1, **options)
+    first, moved = seen
+    gains = gain + torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def sample(policy: ck.Policy | None) -> Tensor:
+        if policy is None:
+            return torch.zeros(count, 1, dtype=torch.float64)
+        nodes = tuple(step for step, each in enumerate(ck.deciders.plan(policy.decider, 14)) if each)
+        return 0.1 * 10 ** (-(gains if nodes == moved else 0 * gains) / 20)[:, None]
+
+    # Student's t of the gains in dB, one of every sample.
+    likely = float(gains.mean()) / float(gains.std() / math.sqrt(count))
+    assume(abs(likely - 1.7) > 1e-6)
+    taken = ck.choose(trace, sample, computed=5, refine=1, **options).plan.steps
+    assert taken == (moved if likely > 1.7 else first)
+
+
 def test_refining_finds_fewer_steps():
     trace, seen = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14)), []
     options = {"spreads": (None,), "even": False, "peak": 1.0}
     found = ck.frontier(trace)
     # Seven keep it, and six would with another step.
-    moved = tuple(sorted({*found[5].steps, found[5].steps[2] + 1} - {found[5].steps[2]}))
+    moved = tuple(sorted({*found[5].steps, found[5].steps[2] - 1} - {found[5].steps[2]}))
     assert moved not in {plan.steps for plan in found}
     good = {plan.steps: 0.001 for plan in found[6:]} | {moved: 0.001}
     plain = ck.choose(trace, ran(good, seen), "50 dB", **options)
@@ -200,15 +224,15 @@ def test_samples_of_any_type_may_come_in_one_buffer(kind):
         buffer.copy_(uncached if policy is None else uncached + 2.0 * (uncached == 1.0) + 2.0 * (uncached == 100.0))
         return buffer
 
-    (measured,) = ck.choose(trace, sample, computed=5, spreads=(None,), even=False).measured
-    assert measured == (5, pytest.approx(10 * math.log10(span**2 / (4 / 4))))
+    choice = ck.choose(trace, sample, computed=5, spreads=(None,), even=False)
+    assert choice.measured == ((choice.plan, pytest.approx(10 * math.log10(span**2 / (4 / 4)))),)
 
 
 def test_the_predicted_error_is_that_of_the_trace():
     trace, seen = ck.Trace.of(smooth(5, 14), 14, step_sizes=torch.ones(14)), []
     for count in range(1, 15):
         found = ck.choose(trace, ran({}, seen), computed=count, peak=1.0).plan
-        mask = ck.step_mask(found.computed, forecaster=newton(1), sites="output")
+        mask = ck.step_mask(found.computed, forecaster=newton(1, repay=True), sites="output")
         assert found.error == pytest.approx(quietly(trace, mask).error)
 
 

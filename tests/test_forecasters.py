@@ -29,9 +29,12 @@ class Config(NamedTuple):
     family: str = "hold"
     order: int = 0
     dtype: torch.dtype | None = None
+    repay: bool = False
 
     def build(self) -> Forecaster:
         """The forecaster."""
+        if self.repay:
+            return newton(self.order, repay=True, dtype=self.dtype)
         return hold() if self.family == "hold" else FAMILIES[self.family](self.order, dtype=self.dtype)
 
 
@@ -47,8 +50,16 @@ class History(NamedTuple):
 
 
 ORDERS = [(family, order) for family in FAMILIES for order in range(4)]
-ALL = [Config(), *(Config(*entry, dtype) for entry in ORDERS for dtype in (None, torch.bfloat16))]
-every_forecaster = pytest.mark.parametrize("config", ALL, ids=lambda c: f"{c.family}{c.order}-{c.dtype or 'as is'}")
+STORED = (None, torch.bfloat16)
+BARE = [Config(), *(Config(*entry, dtype) for entry in ORDERS for dtype in STORED)]
+ALL = [*BARE, *(Config("newton", order, dtype, repay=True) for order in range(3) for dtype in STORED)]
+
+
+def _id(config: Config) -> str:
+    return f"{config.family}{config.order}{' repaid' if config.repay else ''}-{config.dtype or 'as is'}"
+
+
+every_forecaster = pytest.mark.parametrize("config", ALL, ids=_id)
 every_order = pytest.mark.parametrize("order", range(4))
 
 AHEAD = st.integers(1, 8)
@@ -102,7 +113,7 @@ def test_exact_on_constants(config, history, constant, ahead):
     assert_same(forecast(config.build(), history.on(lambda _: constant), ahead), double(constant))
 
 
-@every_forecaster
+@pytest.mark.parametrize("config", BARE, ids=_id)  # on lines the first gap owes something too: it was held
 @settings(max_examples=30)
 @given(history=histories(least=2), line=LINES, ahead=AHEAD)
 def test_exact_on_lines(config, history, line, ahead):
@@ -143,6 +154,40 @@ def test_newton_is_the_polynomial_through_the_last_values(order, history, ahead)
 def test_newton_that_is_not_filled_has_a_lower_degree(order, history, ahead):
     lower = newton(min(order, len(history.steps) - 1))
     assert_same(forecast(newton(order), history, ahead), forecast(lower, history, ahead))
+
+
+@every_order
+@given(history=histories(st.integers(-9, 9)), ahead=st.integers(1, 3))
+@example(history=History([0, 4], [1.0, 3.0]), ahead=1)
+@example(history=History([0, 1, 2, 5, 9], [1.0, 0.0, 3.0, 4.0, -2.0]), ahead=1)
+def test_what_a_gap_was_off_is_repaid_at_the_very_next_step(order, history, ahead):
+    seen = History(*(entries[-order - 2 :] for entries in history))
+    then, now = (History(*(entries[part] for entries in seen)) for part in (slice(-1), slice(-order - 1, None)))
+    wanted = lagrange(now, history.steps[-1] + ahead)
+    if ahead == 1 and then.steps:
+        gap = range(then.steps[-1] + 1, now.steps[-1])
+        wanted += sum(lagrange(seen, step) - lagrange(then, step) for step in gap)
+    torch.testing.assert_close(forecast(newton(order, repay=True), history, ahead), double(wanted))
+
+
+@pytest.mark.parametrize("order", range(3))
+@given(factors=st.lists(st.integers(-3, 3), min_size=5, max_size=5), gaps=st.lists(st.integers(2, 6), min_size=5))
+def test_nothing_of_a_polynomial_stays_owed(order, factors, gaps):
+    """Over a run with a gap after every computed step, all that stays off is the bare forecast where it is repaid."""
+    polynomial, forecaster = np.polynomial.Polynomial(factors[: order + 2]), newton(order, repay=True)
+    state, off = forecaster.init(torch.zeros(1, dtype=torch.float64)), 0.0
+    computed = {*range(order), *(order + np.cumsum([0, *gaps])).tolist()}
+    seen: list[int] = []
+    for step in range(max(computed) + 2):
+        value = float(polynomial(step))
+        if step in computed:
+            state = forecaster.update(state, double(value), clock(forecaster, step))
+            seen.append(step)
+            continue
+        off += float(forecaster.predict(state, clock(forecaster, step))) - value
+        if step - 1 in computed:
+            bare = forecast(newton(order), History(seen, [float(polynomial(at)) for at in seen]), 1)
+            assert off == pytest.approx(float(bare) - value, rel=1e-4, abs=1e-4 * abs(value) + 1e-3)
 
 
 def taylor_sum(order: int, history: History, ahead: int) -> float:

@@ -29,6 +29,7 @@ FORECASTERS = {
     "two-point": (ck.forecasters.two_point(0.5), byhand.two_point),
     **{f"taylor {order}": (ck.forecasters.taylor(order), byhand.taylor(order)) for order in (1, 2)},
     **{f"newton {order}": (ck.forecasters.newton(order), byhand.newton(order)) for order in (1, 2, 3)},
+    "newton 1 repaid": (ck.forecasters.newton(1, repay=True), byhand.repaid(1)),
 }
 
 
@@ -103,7 +104,7 @@ def test_what_the_caller_writes_to_the_output_stays_out_of_the_state():
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("forecaster", ["hold", "two-point", "newton 2"])
+@pytest.mark.parametrize("forecaster", ["hold", "two-point", "newton 2", "newton 1 repaid"])
 @pytest.mark.parametrize("decider", ["interval", "drift"])
 @pytest.mark.parametrize("sites", SITES)
 def test_every_way_to_run_is_the_same(sites, decider, forecaster):

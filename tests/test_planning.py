@@ -32,13 +32,28 @@ def brute_force(values: list[Tensor], sizes: Tensor, computed: int, forecaster: 
             end - node - 1 > longest for node, end in zip(nodes, ends, strict=True)
         ):
             continue
-        off = deviations(steps, nodes, forecaster) @ stacked * sizes[:, None]
-        cost = sum(off[node:end].sum(0).square().sum() for node, end in zip(nodes, ends, strict=True))
-        best = min(best, float(cost))
+        off, back = (factors @ stacked * sizes[:, None] for factors in deviations(steps, nodes, forecaster))
+        left = [off[node:end].sum(0) for node, end in zip(nodes, ends, strict=True)]
+        for n, node in enumerate(nodes[1:]):
+            left[n] = left[n] + back[node : ends[n + 1]].sum(0)
+        best = min(best, sum(float(each.square().sum()) for each in left))
     return best
 
 
-@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "taylor 1", "taylor 2", "two-point", "ramp"])
+PLANNED = [
+    "hold",
+    "newton 1",
+    "newton 2",
+    "newton 0 repaid",
+    "newton 1 repaid",
+    "taylor 1",
+    "taylor 2",
+    "two-point",
+    "ramp",
+]
+
+
+@pytest.mark.parametrize("name", PLANNED)
 @settings(max_examples=12)
 @given(data=st.data())
 def test_no_plan_is_better(name, data):
@@ -64,7 +79,7 @@ def test_no_plan_is_better(name, data):
     assert quietly(trace, policy).error == pytest.approx(found.error, rel=1e-6, abs=1e-7)
 
 
-@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "taylor 2"])
+@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "newton 1 repaid", "taylor 2"])
 def test_no_plan_of_half_the_steps_is_better(name):
     values, sizes = smooth(5, 14), torch.linspace(0.5, 2.0, 14, dtype=torch.float64)
     found = ck.plan(ck.Trace.of(values, 14, step_sizes=sizes), computed=7, forecaster=FORECASTERS[name])
@@ -102,7 +117,7 @@ def test_plans_for_carried_errors_are_the_best_for_those():
 
 
 @pytest.mark.parametrize("longest", range(5))
-@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2"])
+@pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "newton 1 repaid"])
 def test_gaps_are_as_long_as_allowed_and_no_longer(name, longest):
     values, sizes = smooth(7, STEPS), torch.linspace(0.5, 2.0, STEPS, dtype=torch.float64)
     trace, forecaster = ck.Trace.of(values, STEPS, step_sizes=sizes), FORECASTERS[name]
@@ -269,8 +284,27 @@ def test_a_plan_that_is_not_there_is_refused(tmp_path):
 
 
 def test_named_forecasters():
-    for forecaster in (hold(), newton(2), taylor(0), two_point(0.123456789), two_point("ramp"), two_point(1.0)):
+    for forecaster in (
+        hold(),
+        newton(2),
+        newton(1, repay=True),
+        taylor(0),
+        two_point(0.123456789),
+        two_point("ramp"),
+        two_point(1.0),
+    ):
         assert ck.forecasters.named(forecaster.name).name == forecaster.name
-    for name in ("newton", "newton x", "taylor -1", "spline 3", "", "hold 2", "two-point of the step"):
+    for name in (
+        "newton",
+        "newton x",
+        "newton repaid",
+        "newton 1 repaid twice",
+        "taylor 1 repaid",
+        "taylor -1",
+        "spline 3",
+        "",
+        "hold 2",
+        "two-point of the step",
+    ):
         with pytest.raises(ArgumentError, match=r"name|order|weight"):
             ck.forecasters.named(name)

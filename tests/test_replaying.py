@@ -36,7 +36,11 @@ def test_weights_are_what_is_predicted(name, data):
     nodes = data.draw(plans_of(STEPS - 1))
     step = data.draw(st.integers(nodes[-1] + 1, STEPS - 1))
     near = nodes if forecaster.memory is None else nodes[-forecaster.memory :]
-    weights = forecaster.weights(torch.tensor(near).double(), torch.tensor(float(step)).double(), STEPS)
+    at = torch.tensor(near).double(), torch.tensor(float(step)).double(), STEPS
+    weights = forecaster.weights(*at)
+    if forecaster.repaid is not None:
+        assert step == nodes[-1] + 1 or not forecaster.repaid(*at).any()
+        weights = weights + forecaster.repaid(*at)
     combined = sum(weight * values[node] for weight, node in zip(weights, near, strict=True))
     predicted = forecast(forecaster, values, nodes, step)
     torch.testing.assert_close(combined, predicted, rtol=1e-5, atol=1e-5 * float(weights.abs().sum()))
@@ -48,10 +52,11 @@ def test_weights_of_many_groups_at_once(name):
     count = forecaster.memory or 3
     groups = torch.tensor(list(itertools.combinations(range(6), count))).double()
     steps = torch.arange(6, 9).double()
-    together = forecaster.weights(groups[:, None], steps, 9).expand(len(groups), 3, count)
-    for n, group in enumerate(groups):
-        for k, step in enumerate(steps):
-            torch.testing.assert_close(together[n, k], forecaster.weights(group, step, 9))
+    for weights in filter(None, (forecaster.weights, forecaster.repaid)):
+        together = weights(groups[:, None], steps, 9).expand(len(groups), 3, count)
+        for n, group in enumerate(groups):
+            for k, step in enumerate(steps):
+                torch.testing.assert_close(together[n, k], weights(group, step, 9))
 
 
 # Replaying ----------------------------------------------------------------------------------------------------------
@@ -95,17 +100,22 @@ def test_errors_are_those_of_a_live_run(name, nodes, recorded):
     replayed = quietly(recorded["plain"], policy)
     exact, _ = run(ck.cache(model_of("plain"), ck.step_mask([1] * STEPS)))
     outs, _ = run(ck.cache(model_of("plain"), policy))
-    total = torch.zeros(())
-    gap = torch.zeros_like(exact[0]).double()
+    bare = outs
+    if name.endswith(" repaid"):
+        alone = ck.step_mask(mask, forecaster=FORECASTERS[name.removesuffix(" repaid")], sites="output")
+        bare, _ = run(ck.cache(model_of("plain"), alone))
+    gaps = [torch.zeros_like(exact[0]).double() for _ in range(2)]
     sizes = ck.Trace.of(exact, times()).step_sizes
     for step, (out, true) in enumerate(zip(outs, exact, strict=True)):
         off = out.double() - true.double()
         measured = float(off.norm() / true.double().norm())
         assert replayed.errors[step] == pytest.approx(measured, rel=1e-4, abs=1e-6)
         if mask[step]:
-            total, gap = total + gap.square().sum(), torch.zeros_like(gap)
-        gap = gap + sizes[step] * off
-    total = total + gap.square().sum()
+            gaps.append(torch.zeros_like(off))
+        back = out.double() - bare[step].double()
+        gaps[-1] += sizes[step] * (off - back)
+        gaps[-2] += sizes[step] * back
+    total = sum(gap.square().sum() for gap in gaps)
     way = sum(size * true.double() for size, true in zip(sizes, exact, strict=True)).norm()
     assert replayed.error == pytest.approx(float(total.sqrt() / way), rel=1e-4, abs=1e-6)
 

@@ -17,6 +17,7 @@ STEPS = 12
 FORECASTERS = {
     "hold": hold(),
     **{f"newton {order}": newton(order) for order in range(4)},
+    **{f"newton {order} repaid": newton(order, repay=True) for order in range(3)},
     **{f"taylor {order}": taylor(order) for order in range(4)},
     "two-point": two_point(0.3),
     "ramp": two_point("ramp"),

@@ -42,7 +42,9 @@ Examples:
 """
 
 Recording = Annotated[Path, typer.Argument(metavar="TRACE", exists=True, dir_okay=False, help="What `record` wrote.")]
-Forecaster = Annotated[str, typer.Option(help='What stands in between: "hold", "newton K", "taylor K", "two-point W".')]
+Forecaster = Annotated[
+    str, typer.Option(help='What stands in between: "hold", "newton K", "newton K repaid", "taylor K", "two-point W".')
+]
 Site = Annotated[str, typer.Option(help='What is forecast: "output" or "chain".')]
 Gap = Annotated[int | None, typer.Option(min=0, help="Steps in a row at most that are not computed.")]
 Picture = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw it into this PNG file; needs matplotlib.")]
@@ -93,7 +95,7 @@ def replay(
         list[str] | None, typer.Option(help=f"One of {', '.join(SWEEPS)}; can be given more than once. All if not.")
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Setting of the method; can be given more than once.")] = None,
-    forecaster: Forecaster = "newton 1",
+    forecaster: Forecaster = "newton 1 repaid",
     picture: Picture = None,
     json_: options.Json = False,
 ) -> None:
@@ -163,7 +165,7 @@ def plan(
     speedup: Annotated[float | None, typer.Option(help="How many times faster all steps together are to be.")] = None,
     error: Annotated[float | None, typer.Option(help="Predicted error not to exceed, as a share of the way.")] = None,
     costs: Annotated[str, typer.Option(help="Of a computed step and of one that is not, for --speedup.")] = "1,0",
-    forecaster: Forecaster = "newton 1",
+    forecaster: Forecaster = "newton 1 repaid",
     site: Site = "output",
     max_gap: Gap = None,
     out: PlanOut = None,
@@ -204,7 +206,7 @@ def choose(
     prompt: sources.Prompts = None,
     given: sources.Call = None,
     seed: sources.Seed = 2,
-    forecaster: Forecaster = "newton 1",
+    forecaster: Forecaster = "newton 1 repaid",
     site: Site = "output",
     max_gap: Gap = None,
     device: sources.Device = None,
@@ -230,7 +232,7 @@ def choose(
                 site=site,
                 max_gap=max_gap,
             )
-    measured = [{"computed": steps, "psnr": _finite(quality)} for steps, quality in choice.measured]
+    measured = [{"computed": len(plan.steps), "psnr": _finite(quality)} for plan, quality in choice.measured]
     _give(choice.plan, out, json_, shown=str(choice), measured=measured)
 
 

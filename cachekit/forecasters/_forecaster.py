@@ -34,6 +34,9 @@ class Forecaster(NamedTuple):
         weights: `weights(nodes, step, steps)`: the factors [..., m] of the values computed at `nodes` [..., m],
             ascending, in the forecast for `step` [...], all float64. `nodes` are all so far, or the last `memory` of
             them, or fewer where fewer have been computed. None for a forecaster that is not linear.
+        repaid: factors as `weights` gives them, of what is added for one step alone, the first after a computed one, to
+            make up for what the forecasts of the gap before that one were off. The forecast is the sum of both. None
+            for a forecaster that does not look back.
 
     Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
     leaf is the batch wherever the value's is.
@@ -57,6 +60,7 @@ class Forecaster(NamedTuple):
     overwrite: Callable[[Any, Tensor, Any], Any] | None = None
     memory: int | None = None
     weights: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    repaid: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
 
 def check_order(order: int, dtype: torch.dtype | None) -> None:

@@ -14,7 +14,7 @@ def named(name: str) -> Forecaster:
     """The forecaster that has this name.
 
     Args:
-        name: "hold", "newton K", "taylor K", "two-point W" or "two-point ramp".
+        name: "hold", "newton K", "newton K repaid", "taylor K", "two-point W" or "two-point ramp".
 
     Raises:
         ArgumentError: none of this module's forecasters has this name.
@@ -26,6 +26,8 @@ def named(name: str) -> Forecaster:
     """
     kind, _, setting = name.partition(" ")
     try:
+        if kind == "newton" and setting.endswith(" repaid"):
+            return newton(int(setting.removesuffix(" repaid")), repay=True)
         if kind in ("newton", "taylor"):
             return (newton if kind == "newton" else taylor)(int(setting))
         if kind == "two-point":
@@ -35,6 +37,6 @@ def named(name: str) -> Forecaster:
     except ValueError:
         pass
     raise ArgumentError(
-        f"`name` {name!r} is none of 'hold', 'newton K', 'taylor K', 'two-point W'. Give the forecaster itself where "
-        "it is one of your own."
+        f"`name` {name!r} is none of 'hold', 'newton K', 'newton K repaid', 'taylor K', 'two-point W'. Give the "
+        "forecaster itself where it is one of your own."
     )

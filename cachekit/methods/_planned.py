@@ -42,7 +42,7 @@ def planned(
         >>> trace = ck.Trace.of([torch.tensor([float(step**2)]) for step in range(8)], 8)
         >>> policy = ck.planned(ck.plan(trace, computed=4))
         >>> policy.static, policy.name
-        (True, 'planned(4 of 8, newton 1, output)')
+        (True, 'planned(4 of 8, newton 1 repaid, output)')
     """
     if not isinstance(plan, Plan):
         raise ArgumentTypeError(f"`plan` must be a Plan, got {type(plan).__name__}. Plan.load reads one.")

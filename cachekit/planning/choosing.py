@@ -22,7 +22,6 @@ from cachekit.policy import Policy
 SPREADS = (None, 1.0, 0.5)
 """How early errors may count, see `Trace.carried`: alike, and less and less."""
 
-
 INTERVALS = 2
 """How many even intervals are tried: the shortest with so few computed steps, and those that leave more for the end."""
 
@@ -32,17 +31,20 @@ FAR = 2
 ENOUGH = 100.0
 """dB that a sample counts at most."""
 
+SURE = 1.7
+"""Standard errors that the gain of a move must have, over the samples: five of a hundred of no gain have as much."""
+
 
 class Choice(NamedTuple):
     """A plan, and what was measured on the way to it."""
 
     plan: Plan
-    measured: tuple[tuple[int, float], ...]  # computed steps and dB of PSNR of every run, in the order they were made
+    measured: tuple[tuple[Plan, float], ...]  # of every run, in the order they were made, what it kept: dB of PSNR
     at_least: float | None  # dB, where that was asked for
 
     def __str__(self) -> str:
         rows = [f"{self.plan}", "measured:" if self.at_least is None else f"measured, to keep {self.at_least:g} dB:"]
-        rows += [f"  {computed:>3} computed  {quality:6.2f} dB" for computed, quality in self.measured]
+        rows += [f"  {len(plan.steps):>3} computed  {quality:6.2f} dB" for plan, quality in self.measured]
         return "\n".join(rows)
 
 
@@ -81,8 +83,9 @@ def choose(
         spreads: for which to plan, instead of that of the trace; (None,) for one plan of each number of steps.
         even: whether even intervals are tried as well.
         refine: how many more runs to make, each of the best plan so far with one computed step moved by one or two, in
-            the order of predicted errors; what keeps more is the best from there on. With `at_least` they are spent on
-            still fewer steps.
+            the order of predicted errors; what keeps more is the best from there on. Of several samples a gain counts
+            that is more than their chance: over 1.7 standard errors. With `at_least` the runs are spent on still fewer
+            steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 
     Returns:
@@ -204,13 +207,13 @@ class _Runs:
     def __init__(
         self, run: Callable[[Policy | None], Tensor], peak: float | None, forecaster: Forecaster | None
     ) -> None:
-        self.measured: list[tuple[int, float]] = []
+        self.measured: list[tuple[Plan, float]] = []
         self._run, self._forecaster = run, forecaster
         self._reference = _samples(run(None))
         if not bool(self._reference.isfinite().all()):
             raise ArgumentError("`run` returned samples that are not finite without a cache: nothing to compare with.")
         self._peak = peak if peak is not None else float(self._reference.max() - self._reference.min()) or 1.0
-        self._kept: dict[tuple[int, ...], float] = {}
+        self._kept: dict[tuple[int, ...], Tensor] = {}  # steps -> dB of every sample
 
     def kept(self, plan: Plan) -> float:
         """PSNR in dB, by a run if there was none of it yet."""
@@ -219,9 +222,16 @@ class _Runs:
             if samples.shape != self._reference.shape:
                 raise ArgumentError(f"`run` returned {list(samples.shape)}, uncached {list(self._reference.shape)}.")
             each = psnr(samples, self._reference, self._peak).clamp(max=ENOUGH)
-            self._kept[plan.steps] = float(each.nan_to_num(-math.inf, neginf=-math.inf).mean())
-            self.measured.append((len(plan.steps), self._kept[plan.steps]))
-        return self._kept[plan.steps]
+            self._kept[plan.steps] = each.nan_to_num(-math.inf, neginf=-math.inf)
+            self.measured.append((plan, float(self._kept[plan.steps].mean())))
+        return float(self._kept[plan.steps].mean())
+
+    def surely_more(self, plan: Plan, than: Plan) -> bool:
+        """Whether a plan keeps more than another, and not by the chance of a few samples."""
+        if not self.kept(plan) > self.kept(than):
+            return False
+        gains = self._kept[plan.steps] - self._kept[than.steps]
+        return len(gains) == 1 or not float(gains.mean()) <= SURE * float(gains.std()) / math.sqrt(len(gains))
 
     def best(self, plans: Sequence[Plan], most: float = math.inf) -> Plan:
         """The plan that keeps most, of those that `most` runs in all leave time for; the first in any case."""
@@ -234,7 +244,8 @@ class _Runs:
             near = next((plan for plan in plans.near(best) if plan.steps not in self._kept), None)
             if near is None:
                 break
-            best = max(best, near, key=self.kept)
+            if self.kept(near) >= wanted or self.surely_more(near, best):
+                best = near
         return best
 
 

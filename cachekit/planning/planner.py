@@ -19,6 +19,9 @@ from cachekit.plans import Plan
 MEMORY = 3
 """Of how many computed values a forecast may be made: the search looks at every such group of steps."""
 
+STANDARD = newton(1, repay=True)
+"""What is planned with where nothing is said."""
+
 
 def plan(
     trace: Trace,
@@ -46,7 +49,7 @@ def plan(
         error: predicted error that is not to be exceeded, with as few computed steps as that takes.
         costs: of a computed step and of one that is not, in any unit: what you measured. A step whose output is
             forecast costs next to nothing, one whose chains are forecast what the rest of the model takes.
-        forecaster: what stands in; None for `newton(1)`. It may look at the last three computed values at most.
+        forecaster: what stands in, of the last three computed values at most; None for `newton(1, repay=True)`.
         site: "output" or "chain": what is forecast.
         max_gap: steps in a row at most that are not computed.
         always: steps that compute in any case; step 0 always does.
@@ -64,7 +67,7 @@ def plan(
         >>> values = [torch.tensor([float(step**3)]) for step in range(8)]
         >>> print(ck.plan(ck.Trace.of(values, 8), computed=5))
         5 of 8 steps computed  #..##.##
-        newton 1 of the output in between, predicted error 0.0327
+        newton 1 repaid of the output in between, predicted error 0.0327
     """
     check_trace(trace)
     if timesteps is not None:
@@ -119,10 +122,10 @@ def frontier(
         >>> import torch, cachekit as ck
         >>> trace = ck.Trace.of([torch.tensor([1.0, step**2 / 9]) for step in range(6)], 6)
         >>> [f"{each.error:.3f}" for each in ck.frontier(trace, most=3)]
-        ['0.714', '0.193', '0.057']
+        ['0.714', '0.145', '0.041']
     """
     check_trace(trace)
-    forecaster = forecaster or newton(1)
+    forecaster = forecaster or STANDARD
     if not isinstance(forecaster, Forecaster):
         raise ArgumentTypeError(
             f"`forecaster` must be a Forecaster, got {type(forecaster).__name__}. cachekit.forecasters.named makes one."
@@ -132,7 +135,8 @@ def frontier(
     if forecaster.weights is None or forecaster.memory is None or forecaster.memory > MEMORY:
         raise ArgumentError(
             f"`forecaster` {forecaster.name!r} cannot be planned with: it is no fixed combination of the last {MEMORY} "
-            "computed values or fewer. Use hold(), newton(k) or taylor(k) up to order 2, or two_point(w)."
+            "computed values or fewer. Use hold(), newton(k) or taylor(k) up to order 2, newton(1, repay=True), or "
+            "two_point(w)."
         )
     if max_gap is not None and (isinstance(max_gap, bool) or not isinstance(max_gap, int) or max_gap < 0):
         raise ArgumentError(f"`max_gap` must be an int >= 0 or None, got {max_gap!r}.")
@@ -151,7 +155,7 @@ def frontier(
 
 def computing(trace: Trace, nodes: Sequence[int], *, forecaster: Forecaster | None, site: str) -> Plan:
     """The plan that computes these steps, with its predicted error."""
-    forecaster = forecaster or newton(1)
+    forecaster = forecaster or STANDARD
     _, error = errors_of(trace, site, dict.fromkeys(trace.streams, tuple(nodes)), forecaster)
     return _plan(trace, nodes, error, forecaster, site)
 
@@ -172,7 +176,7 @@ class _Search:
 
     def __init__(self, trace: Trace, forecaster: Forecaster, site: str, longest: int, forced: Sequence[int]) -> None:
         assert forecaster.memory is not None and forecaster.weights is not None
-        self._steps, self._weights = len(trace), forecaster.weights
+        self._steps, self._weights, self._repaid = len(trace), forecaster.weights, forecaster.repaid
         # A forecast from one value is one from two, of which it looks at the last.
         self._memory = max(forecaster.memory, 2)
         self._longest, self._forced = longest, forced
@@ -251,6 +255,41 @@ class _Search:
         return gaps
 
     def _cost(self, nodes: Tensor) -> Tensor:
+        """Of groups of nodes [n, m] with one last step: what it costs to compute nothing after it, [n, T - last].
+
+        A gap that is repaid costs what is left of it, which is known one computed step later, and hangs on whether the
+        step after that one is forecast. The last gap is not repaid.
+        """
+        if self._repaid is None:
+            return self._after_nodes(nodes)
+        last = int(nodes[0, -1])
+        bare, left = self._before_last(nodes)
+        cost = left[:, None].repeat(1, self._steps - last)
+        cost[:, 0] = bare
+        cost[:, -1] += self._after_nodes(nodes)[:, -1]
+        return cost
+
+    def _before_last(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of groups of nodes [n, m] with one last step: squared norms of the errors before it, bare and repaid: [n]."""
+        assert self._repaid is not None
+        last, earlier = int(nodes[0, -1]), nodes[:, :-1]
+        errors = torch.zeros(len(nodes), self._steps, dtype=torch.float64)
+        if earlier.shape[1]:
+            inside = torch.arange(last)
+            sizes = self._sizes[:last] * (inside > earlier[:, -1:])
+            errors[:, :last] = -sizes
+            errors.scatter_add_(
+                1,
+                earlier,
+                (self._weights(earlier[:, None].double(), inside.double(), self._steps) * sizes[..., None]).sum(1),
+            )
+        bare = ((errors @ self._gram) * errors).sum(-1).clamp(min=0)
+        if last + 1 < self._steps:
+            first = torch.tensor(last + 1.0, dtype=torch.float64)
+            errors.scatter_add_(1, nodes, self._repaid(nodes.double(), first, self._steps) * self._sizes[last + 1])
+        return bare, ((errors @ self._gram) * errors).sum(-1).clamp(min=0)
+
+    def _after_nodes(self, nodes: Tensor) -> Tensor:
         """Of groups of nodes [n, m] with one last step: squared norms of all errors after it, [n, T - last]."""
         last = int(nodes[0, -1])
         inside = torch.arange(last + 1, self._steps)

@@ -62,8 +62,9 @@ def replay(trace: Trace, policy: Policy | Iterable[Policy]) -> Replay | list[Rep
 
     Its decider is shown what it would have been shown; its forecasts are held against what was computed. Between two
     computed steps the errors add up, each times the step size of the sampler, and as far as `Trace.carried` says; the
-    errors of several gaps, which point anywhere, add up by their squares. `error` is the root of that over the norm of
-    the way that the sampler goes in all: 0.01 is a hundredth of the way. The run itself is taken as it was: that a step
+    errors of several gaps, which point anywhere, add up by their squares. What a forecaster repays after a gap counts
+    for that gap. `error` is the root of that over the norm of the way that the sampler goes in all: 0.01 is a hundredth
+    of the way. The run itself is taken as it was: that a step
     which was left out leads to other values later is not in it.
 
     Args:
@@ -169,16 +170,20 @@ def errors_of(
     """Relative errors of every step, and of the whole run."""
     sizes, steps = trace.reach, len(trace)
     square, gaps = torch.zeros(steps, dtype=torch.float64), 0.0
-    known: dict[tuple[int, ...], Tensor] = {}
+    known: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
     for stream, nodes in computed.items():
         if nodes not in known:
             known[nodes] = deviations(steps, nodes, forecaster)
-        off, gram = known[nodes], trace.share(stream) * trace.streams[stream][site].gram
-        square += ((off @ gram) * off).sum(-1).clamp(min=0)
+        (off, back), gram = known[nodes], trace.share(stream) * trace.streams[stream][site].gram
+        whole = off + back
+        square += ((whole @ gram) * whole).sum(-1).clamp(min=0)
         starts = torch.zeros(steps, dtype=torch.long)
         starts[list(nodes)] = 1
+        gap = starts.cumsum(0) - 1
         summed = torch.zeros(len(nodes), steps, dtype=torch.float64)
-        summed.index_add_(0, starts.cumsum(0) - 1, off * sizes[:, None])
+        summed.index_add_(0, gap, off * sizes[:, None])
+        # What is repaid is of the gap before.
+        summed.index_add_(0, (gap - 1).clamp(min=0), back * sizes[:, None])
         gaps += float(((summed @ gram) * summed).sum().clamp(min=0))
     size = trace.gram(site).diagonal()
     relative = torch.where(square > 0, (square / size).sqrt(), square)
@@ -190,8 +195,11 @@ def way(trace: Trace, site: str) -> float:
     return float(trace.norm(site, trace.step_sizes)) or 1.0
 
 
-def deviations(steps: int, nodes: Sequence[int], forecaster: Forecaster) -> Tensor:
-    """Forecast minus value at every step, as factors of the values: [T, T] float64, rows of zeros where computed."""
+def deviations(steps: int, nodes: Sequence[int], forecaster: Forecaster) -> tuple[Tensor, Tensor]:
+    """Forecast minus value at every step, and what is added to repay, as factors of the values: each [T, T] float64.
+
+    Rows of zeros where computed.
+    """
     if forecaster.weights is None:
         raise ArgumentError(
             f"`forecaster` {forecaster.name!r} has no weights: only forecasts that are fixed linear combinations of "
@@ -199,7 +207,7 @@ def deviations(steps: int, nodes: Sequence[int], forecaster: Forecaster) -> Tens
         )
     if not nodes or nodes[0] != 0 or nodes[-1] >= steps or any(a >= b for a, b in itertools.pairwise(nodes)):
         raise ArgumentError(f"`computed` must hold step 0 and ascending steps below {steps}, got {list(nodes)}.")
-    rows = torch.zeros(steps, steps, dtype=torch.float64)
+    off, back = torch.zeros(2, steps, steps, dtype=torch.float64)
     ends = [*nodes[1:], steps]
     memory = len(nodes) if forecaster.memory is None else forecaster.memory
     # Gaps after as many computed steps as a forecast looks at are one call; the first ones have fewer, each its own.
@@ -211,9 +219,11 @@ def deviations(steps: int, nodes: Sequence[int], forecaster: Forecaster) -> Tens
         inside = [step for n in members for step in range(nodes[n] + 1, ends[n])]
         near = [nodes[n + 1 - seen : n + 1] for n in members for _ in range(nodes[n] + 1, ends[n])]
         at, known = torch.tensor(inside), torch.tensor(near)
-        rows[at[:, None], known] = forecaster.weights(known.double(), at.double(), steps)
-        rows[at, at] = -1.0
-    return rows
+        off[at[:, None], known] = forecaster.weights(known.double(), at.double(), steps)
+        off[at, at] = -1.0
+        if forecaster.repaid is not None:
+            back[at[:, None], known] = forecaster.repaid(known.double(), at.double(), steps)
+    return off, back
 
 
 class Sweep(NamedTuple):
