@@ -28,6 +28,7 @@ from cachekit.demo.sample import timesteps
 from cachekit.diffusers import digits
 from cachekit.drawing import INK, TRACK, plain
 from cachekit.planning import pictures as planning
+from cachekit.planning.replay import deviations, way
 
 HERE = Path(__file__).parent
 Facts = dict[str, Any]
@@ -225,7 +226,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
 
 def tuning(trace: ck.Trace) -> dict[str, tuple[Figure, Facts]]:
     """The pictures of the page on tuning, from one recording."""
-    newton, count = ck.forecasters.newton(1), round(0.26 * len(trace))
+    newton, count = ck.forecasters.newton(1, repay=True), round(0.26 * len(trace))
     every = [step % (len(trace) // count + 1) == 0 for step in range(len(trace))]
     plan = ck.plan(trace, computed=count)
     policies = {
@@ -251,6 +252,29 @@ def tuning(trace: ck.Trace) -> dict[str, tuple[Figure, Facts]]:
     }
 
 
+def repaid(trace: ck.Trace) -> tuple[Figure, Facts]:
+    """How far off a run is by every step, as forecasts are and as they are repaid."""
+    nodes = ck.plan(trace, computed=round(0.26 * len(trace))).steps
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, repay, colour in (
+        ("newton(1)", False, "taylorseer"),
+        ("newton(1, repay=True)", True, "first_block_cache"),
+    ):
+        off, back = deviations(len(trace), nodes, ck.forecasters.newton(1, repay=repay))
+        so_far = ((off + back) * trace.step_sizes[:, None]).cumsum(0)
+        wrong = trace.norm("output", so_far) / way(trace, "output")
+        axes.plot(range(len(trace)), wrong.tolist(), ".-", color=COLOURS[colour], label=name)
+    for node in nodes:
+        axes.axvline(node, color=TRACK, zorder=0)
+    axes.set_xlabel("step; the lines: computed", fontsize=9, color=INK)
+    axes.set_ylabel("error so far,\nof the whole way", fontsize=9, color=INK)
+    axes.set_ylim(0)
+    axes.legend(frameon=False, fontsize=9)
+    plain(axes)
+    return figure, _lines(axes)
+
+
 def _cosine(trace: ck.Trace) -> float:
     gram = trace.gram("output")
     return float(gram[-1, 0] / (gram[0, 0] * gram[-1, -1]).sqrt())
@@ -265,7 +289,8 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def _lines(axes: Axes) -> Facts:
-    return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in axes.get_lines()}  # type: ignore[arg-type]
+    drawn = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in drawn}  # type: ignore[arg-type]
 
 
 def keep(results: Path) -> None:
@@ -288,6 +313,7 @@ def draw(folder: Path, steps: int = STEPS) -> list[Path]:
     figures = {"patterns": patterns(loop), "drift": drift(found, loop), "forecasts": forecasts(found)}
     trace = record(loop.model, steps, seed=1)
     figures |= tuning(trace)
+    figures["repaid"] = repaid(trace)
     figures["pareto"] = pareto(json.loads((HERE / "demo.json").read_text(encoding="utf-8"))["rows"])
     folder.mkdir(parents=True, exist_ok=True)
     for name, (figure, facts) in figures.items():

@@ -143,8 +143,8 @@ MUTANTS = (
     ),
     Mutant(
         "forecasters/_newton.py",
-        "now.step - state.nodes, dtype",
-        "now.step - state.nodes.roll(-1), dtype",
+        "offsets = now.step - state.nodes",
+        "offsets = now.step - state.nodes.roll(-1)",
         "test_forecasters.py::test_exact_on_lines",
     ),
     # Right on lines, and on curves as long as the spacing is even and the factor is not looked at.
@@ -153,6 +153,41 @@ MUTANTS = (
         "now.step - state.nodes[:-1], 0.0",
         "now.step - state.nodes[:1], 0.0",
         "test_forecasters.py::test_newton_is_exact_on_polynomials_of_its_degree",
+    ),
+    # What is owed is paid once, not at every step of the gap.
+    Mutant(
+        "forecasters/_newton.py",
+        "highest & (offsets[0] == 1)",
+        "highest & (offsets[0] >= 1)",
+        "test_forecasters.py::test_what_a_gap_was_off_is_repaid_at_the_very_next_step",
+    ),
+    # Nor are steps counted that were computed.
+    Mutant(
+        "forecasters/_newton.py",
+        "gap = nodes[0] - nodes[1]",
+        "gap = nodes[0] - nodes[1] + 1",
+        "test_forecasters.py::test_nothing_of_a_polynomial_stays_owed",
+    ),
+    # A gap is repaid by the next one, not by itself.
+    Mutant(
+        "planning/replay.py",
+        "(gap - 1).clamp(min=0)",
+        "gap",
+        "test_replaying.py::test_errors_are_those_of_a_live_run",
+    ),
+    # Two computed steps in a row: the gap before them is not repaid.
+    Mutant(
+        "planning/planner.py",
+        "cost[:, 0] = bare",
+        "cost[:, 0] = left",
+        "test_planning.py::test_no_plan_is_better",
+    ),
+    # Any gain of a mean is a gain.
+    Mutant(
+        "planning/choosing.py",
+        "return len(gains) == 1 or not",
+        "return True or not",
+        "test_choosing.py::test_a_move_that_only_fits_these_samples_is_not_made",
     ),
     # The polynomial through the values is a product.
     Mutant(
@@ -225,8 +260,8 @@ MUTANTS = (
     # What is better is gone on from.
     Mutant(
         "planning/choosing.py",
-        "best = max(best, near, key=self.kept)",
-        "self.kept(near)",
+        "                best = near",
+        "                pass",
         "test_choosing.py::test_refining_moves_single_steps_and_keeps_what_is_better",
     ),
     # No plan is run twice.
@@ -273,8 +308,8 @@ MUTANTS = (
     ),
     Mutant(
         "planning/replay.py",
-        "summed.index_add_(0, starts.cumsum(0) - 1, off * sizes[:, None])",
-        "summed.index_add_(0, starts.cumsum(0) - 1, off)",
+        "summed.index_add_(0, gap, off * sizes[:, None])",
+        "summed.index_add_(0, gap, off)",
         "test_replaying.py::test_errors_are_those_of_a_live_run",
     ),
 )

@@ -32,6 +32,7 @@ FORECASTERS = {
     "newton 1": (ck.forecasters.newton(1), byhand.newton(1)),
     "newton 2": (ck.forecasters.newton(2), byhand.newton(2)),
     "newton 3": (ck.forecasters.newton(3), byhand.newton(3)),
+    "newton 1 repaid": (ck.forecasters.newton(1, repay=True), byhand.repaid(1)),
 }
 
 

@@ -107,7 +107,7 @@ def test_plans_for_carried_errors_are_the_best_for_those():
     alike = ck.Trace.of(values, 10, step_sizes=sizes)
     early = alike.carried(0.2)
     assert torch.equal(alike.reach, sizes) and alike.carried(None) == alike
-    best = brute_force(values, early.reach, 4, newton(1), 10, ())
+    best = brute_force(values, early.reach, 4, newton(1, repay=True), 10, ())
     found = ck.plan(early, computed=4)
     assert found.error == pytest.approx(math.sqrt(best) / float((sizes @ torch.stack(values)).norm()), rel=1e-6)
     assert found.steps[1] > ck.plan(alike, computed=4).steps[1]  # what is early counts less

@@ -178,7 +178,7 @@ def settings(steps: int, trace: ck.Trace, chosen: Mapping[int, ck.Plan], short: 
         Setting("faster_cache", "2 (uncond 5)", steps, ck.faster_cache(cfg="separate", layout="BCFHW"), True),
         *(Setting("combination", detail, steps, policy, True) for detail, policy in combinations),
         *(
-            Setting(group, f"{count} + newton 1, output", steps, ck.planned(plan), True)
+            Setting(group, f"{count} + {plan.forecaster}, {plan.site}", steps, ck.planned(plan), True)
             for group, made in ((PLANNED, {n: plans[n - 1] for n in counts_of(steps, short)}), (CHOSEN, chosen))
             for count, plan in made.items()
         ),

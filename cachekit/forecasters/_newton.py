@@ -90,10 +90,13 @@ def newton(order: int = 1, *, repay: bool = False, dtype: torch.dtype | None = N
 
     def repaid(nodes: Tensor, step: Tensor, steps: int) -> Tensor:
         near = nodes[..., -memory:]
-        count = near.shape[-1]
+        before, last, count = near[..., :-1], near[..., -1], near.shape[-1]
+        if count == 1:
+            return torch.zeros_like(nodes)
+        inside = before[..., -1:] + torch.arange(1, steps)  # and beyond, which the mask leaves out
+        owed = ((inside[..., None] - before[..., None, :]).prod(-1) * (inside < last[..., None])).sum(-1)
+        owed = owed * (step == last + 1)
         apart = near[..., :, None] - near[..., None, :] + torch.eye(count, dtype=nodes.dtype)
-        owed = _owed(near.flip(-1).unbind(-1)) if count > 1 else torch.zeros_like(near[..., 0])
-        owed = torch.where(step == near[..., -1] + 1, owed, 0.0)
         return torch.nn.functional.pad(owed[..., None] / apart.prod(-1), (nodes.shape[-1] - count, 0))
 
     return Forecaster(
@@ -137,4 +140,4 @@ def _owed(nodes: Sequence[Tensor]) -> Tensor:
     for power in range(len(factors)):
         lower = sum((math.comb(power + 1, i) * total for i, total in enumerate(sums)), torch.zeros_like(gap))
         sums.append((gap ** (power + 1) - lower) / (power + 1))
-    return torch.stack([factor * total for factor, total in zip(factors[1:], sums[1:], strict=True)]).sum(0)
+    return torch.stack([factor * total for factor, total in zip(factors[1:], sums[1:], strict=True)]).sum()
