@@ -64,8 +64,8 @@ def replay(trace: Trace, policy: Policy | Iterable[Policy]) -> Replay | list[Rep
     computed steps the errors add up, each times the step size of the sampler, and as far as `Trace.carried` says; the
     errors of several gaps, which point anywhere, add up by their squares. What a forecaster repays after a gap counts
     for that gap. `error` is the root of that over the norm of the way that the sampler goes in all: 0.01 is a hundredth
-    of the way. The run itself is taken as it was: that a step
-    which was left out leads to other values later is not in it.
+    of the way. The run itself is taken as it was: that a step which was left out leads to other values later is not in
+    it.
 
     Args:
         trace: of an uncached run.
