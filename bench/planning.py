@@ -22,16 +22,20 @@ from typing import Any
 import torch
 from records import record, write
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.demo import runs
 from cachekit.demo.metrics import psnr
-from cachekit.demo.runs import FEWER, UNCACHED, Setting, run
+from cachekit.demo.runs import FEWER, UNCACHED, Sampler, Setting, run
+from cachekit.demo.sample import sample
 from cachekit.diffusers import digits
 
 STEPS = 50
 BUDGETS = range(8, 31)
+FEW = (8, 13, 19, 26, 28)
+"""Budgets of methods that leave out a small part of a step."""
 REFINE = 20
 """Runs that are spent on a chosen plan."""
 RESULTS = Path(__file__).with_name("results")
@@ -114,20 +118,29 @@ def methods(trace: ck.Trace) -> Iterator[Setting]:
     # Even intervals that end in computed steps, as many as the number of them leaves.
     for budget in BUDGETS:
         shortest = math.ceil(STEPS / budget)
-        for name, sites, interval, order in (
-            ("taylorseer, output", "output", shortest, 1),
-            ("taylorseer, output", "output", shortest + 1, 1),
-            ("taylorseer 2, output", "output", shortest, 2),
-            ("taylorseer", "attention+mlp", shortest, 1),
+        for name, sites, interval, order, warmup in (
+            ("taylorseer, output", "output", shortest, 1, 1),
+            ("taylorseer, output", "output", shortest + 1, 1, 1),
+            ("taylorseer 2, output", "output", shortest, 2, 1),
+            ("taylorseer 3, output", "output", shortest, 3, 3),
+            ("taylorseer", "attention+mlp", shortest, 1, 1),
+            *(
+                ((f"taylorseer, {kind}", kind, shortest, 1, 1) for kind in ("attention", "mlp"))
+                if budget in FEW
+                else ()
+            ),
         ):
             for after in range(STEPS + 1):
-                policy = ck.taylorseer(interval, order=order, warmup=1, cooldown_after=after, sites=sites)
+                policy = ck.taylorseer(interval, order=order, warmup=warmup, cooldown_after=after, sites=sites)
                 if sum(ck.deciders.plan(policy.deciders["all"], STEPS)) == budget:
-                    yield Setting(name, f"{interval} (1, {after})", STEPS, policy)
+                    yield Setting(name, f"{interval} ({warmup}, {after})", STEPS, policy)
                     break
     for spatial, cross in ((2, None), (2, 4), (3, 6)):
         policy = ck.pyramid_attention_broadcast(spatial, cross=cross)
         yield Setting("pyramid_attention_broadcast", f"{spatial} ({cross})", STEPS, policy)
+    for cross in (2, 4, 7):
+        policy = ck.pyramid_attention_broadcast(None, cross=cross, cross_range=(-1, 1001))
+        yield Setting("pyramid_attention_broadcast", f"None ({cross})", STEPS, policy)
     yield Setting("faster_cache", "2 (5)", STEPS, ck.faster_cache(cfg="separate", layout="BCFHW"))
 
 
@@ -176,14 +189,20 @@ def quality(seeds: int, count: int, plans: int, jobs: int) -> dict[str, Any]:
         computed = [sum(stream) for stream in made.computed.values()]
         return psnr(made.samples, reference).mean().item(), sum(computed) / len(computed)
 
+    def done(setting: Setting) -> float:
+        return flops(model, setting, uncached(10)[0])
+
     keys = [(setting.label, seed) for setting, seed in trials]
     scores = dict(zip(keys, in_processes(tried, trials, jobs, "run"), strict=True))
+    whole, *multiplied = in_processes(done, [Setting(UNCACHED, "", STEPS), *settings], jobs, "count")
+    work = {setting.label: STEPS * each / whole for setting, each in zip(settings, multiplied, strict=True)}
     rows = [
         {
             "group": setting.group,
             "detail": setting.detail,
             "partial": setting.partial,
             "computed": statistics.mean(computed for _, computed in scored),
+            "work": work[setting.label],
             "psnr": statistics.mean(distances),
             "spread": statistics.stdev(distances) if seeds > 1 else None,
             "predicted": plan.error if plan else None,
@@ -197,13 +216,12 @@ def quality(seeds: int, count: int, plans: int, jobs: int) -> dict[str, Any]:
     measured = [scores[setting.label, 10][0] for setting in masks]
     predicted = [ck.replay(trace, setting.policy).error for setting in masks if setting.policy]
     rank = spearman([-error for error in predicted], measured) if random else None
-    print(f"{'':<36} {'computed':>8} {'PSNR':>6} {'spread':>6} {'chosen, no more steps':>24}")
+    print(f"{'':<36} {'computed':>8} {'work':>6} {'PSNR':>6} {'spread':>6} {'chosen, no more work':>24}")
     for row in rows:
-        row["chosen"] = best = _chosen_at(row["computed"], rows)
+        row["chosen"] = best = _chosen_at(row["work"], rows)
         versus = "" if row["group"] == "chosen" or best is None else f"{best:.1f} ({best - row['psnr']:+.1f})"
-        mark = "*" if row["partial"] else " "
-        name = f"{row['group']} {row['detail']}"
-        print(f"{name:<36} {row['computed']:>7.1f}{mark} {row['psnr']:>6.1f} {row['spread'] or 0:>6.2f} {versus:>24}")
+        name, spread = f"{row['group']} {row['detail']}", row["spread"] or 0
+        print(f"{name:<36} {row['computed']:>8.1f} {row['work']:>6.1f} {row['psnr']:>6.1f} {spread:>6.2f} {versus:>24}")
     if rank is not None:
         print(f"Spearman of predicted error and measured PSNR over {len(random)} random plans: {rank:.3f}")
     return {
@@ -282,10 +300,18 @@ def _random(generator: torch.Generator) -> set[int]:
     return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
 
 
-def _chosen_at(computed: float, rows: list[dict[str, Any]]) -> float | None:
-    """PSNR of the chosen plan with the most steps that are no more than these."""
-    fitting = [row for row in rows if row["group"] == "chosen" and row["computed"] <= computed + 1e-9]
-    return max(fitting, key=lambda row: row["computed"])["psnr"] if fitting else None
+def flops(model: torch.nn.Module, setting: Setting, labels: Tensor) -> int:
+    """Of the multiplications in one run: what a step costs that leaves out a part of itself, on any machine."""
+    sampler = Sampler(model, setting, labels, lambda: None)
+    with FlopCounterMode(display=False) as counter:
+        sample(sampler, labels, setting.steps, seed=10)
+    return counter.get_total_flops()
+
+
+def _chosen_at(work: float, rows: list[dict[str, Any]]) -> float | None:
+    """PSNR of the chosen plan that multiplies the most of those that do no more than this."""
+    fitting = [row for row in rows if row["group"] == "chosen" and row["work"] <= work + 1e-6]
+    return max(fitting, key=lambda row: row["work"])["psnr"] if fitting else None
 
 
 def spearman(first: list[float], second: list[float]) -> float:

@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 Facts = dict[str, Any]
 """What a picture shows, by row: a pattern, or numbers. It is written into the file, so that a test can compare."""
 STEPS, THRESHOLD = 50, 0.12
-KEPT = ("group", "detail", "forecast", "partial", "computed_steps", "speedup", "psnr")
+KEPT = ("group", "detail", "forecast", "partial", "computed_steps", "speedup", "psnr", "worst")
 """Of a row of the demo."""
 SHORT = {"pyramid_attention_broadcast": "pyramid attention"}
 

@@ -38,8 +38,8 @@ class Forecaster(NamedTuple):
             make up for what the forecasts of the gap before that one were off. The forecast is the sum of both. None
             for a forecaster that does not look back.
 
-    Every leaf of the state with more than one element has the shape of the value, so the first dimension of a
-    leaf is the batch wherever the value's is.
+    A leaf of the state either has the shape of the value, so that its first dimension is the batch wherever the value's
+    is, or is a few numbers about the steps, the same for the whole batch.
 
     Example:
         >>> import torch, cachekit as ck

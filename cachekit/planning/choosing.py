@@ -32,7 +32,7 @@ ENOUGH = 100.0
 """dB that a sample counts at most."""
 
 SURE = 1.7
-"""Standard errors that the gain of a move must have, over the samples: five of a hundred of no gain have as much."""
+"""Standard errors that the gain of a move must have: of twenty samples that gain nothing, one time in twenty they do."""
 
 
 class Choice(NamedTuple):
@@ -84,7 +84,7 @@ def choose(
         even: whether even intervals are tried as well.
         refine: how many more runs to make, each of the best plan so far with one computed step moved by one or two, in
             the order of predicted errors; what keeps more is the best from there on. Of several samples a gain counts
-            that is more than their chance: over 1.7 standard errors. With `at_least` the runs are spent on still fewer
+            that is over 1.7 standard errors, of one sample any: give some twenty. With `at_least` the runs are spent on still fewer
             steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 

@@ -49,7 +49,8 @@ def plan(
         error: predicted error that is not to be exceeded, with as few computed steps as that takes.
         costs: of a computed step and of one that is not, in any unit: what you measured. A step whose output is
             forecast costs next to nothing, one whose chains are forecast what the rest of the model takes.
-        forecaster: what stands in, of the last three computed values at most; None for `newton(1, repay=True)`.
+        forecaster: what stands in, of the last three computed values at most; None for `newton(1, repay=True)`. Whether
+            another one does better real runs tell: predicted errors rank plans of one forecaster, not forecasters.
         site: "output" or "chain": what is forecast.
         max_gap: steps in a row at most that are not computed.
         always: steps that compute in any case; step 0 always does.
@@ -135,8 +136,8 @@ def frontier(
     if forecaster.weights is None or forecaster.memory is None or forecaster.memory > MEMORY:
         raise ArgumentError(
             f"`forecaster` {forecaster.name!r} cannot be planned with: it is no fixed combination of the last {MEMORY} "
-            "computed values or fewer. Use hold(), newton(k) or taylor(k) up to order 2, newton(1, repay=True), or "
-            "two_point(w)."
+            "computed values or fewer. Use hold(), newton(k) or taylor(k) up to order 2, newton(k, repay=True) up "
+            "to order 1, or two_point(w)."
         )
     if max_gap is not None and (isinstance(max_gap, bool) or not isinstance(max_gap, int) or max_gap < 0):
         raise ArgumentError(f"`max_gap` must be an int >= 0 or None, got {max_gap!r}.")
