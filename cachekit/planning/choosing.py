@@ -32,7 +32,7 @@ ENOUGH = 100.0
 """dB that a sample counts at most."""
 
 SURE = 1.7
-"""Standard errors that the gain of a move must have: of twenty samples that gain nothing, one time in twenty they do."""
+"""Standard errors that the gain of a move must have: twenty samples that gain nothing do so one time in twenty."""
 
 
 class Choice(NamedTuple):
@@ -84,8 +84,8 @@ def choose(
         even: whether even intervals are tried as well.
         refine: how many more runs to make, each of the best plan so far with one computed step moved by one or two, in
             the order of predicted errors; what keeps more is the best from there on. Of several samples a gain counts
-            that is over 1.7 standard errors, of one sample any: give some twenty. With `at_least` the runs are spent on still fewer
-            steps.
+            that is over 1.7 standard errors, of one sample any: give some twenty. With `at_least` the runs are spent on
+            still fewer steps.
         forecaster, site, max_gap, always: as for `cachekit.plan`.
 
     Returns:
