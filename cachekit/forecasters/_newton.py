@@ -35,7 +35,8 @@ def newton(order: int = 1, *, repay: bool = False, dtype: torch.dtype | None = N
     A sampler adds up what it is given, and the forecasts of a gap err to the same side. Once the step after a gap has
     computed, the gap lies between values that are known, and what its forecasts were off can be told: with `repay` the
     next forecast has that on top, if the very next step is one. For values of degree <= order + 1 it is all that the
-    gap was off. This is meant for the output of a model, `sites="output"`.
+    gap was off. This is meant for the output of a model, `sites="output"`, and not for very few computed steps: what is
+    owed after long gaps is itself a guess.
 
     Args:
         order: degree, >= 0; order + 1 tensors of state a site, one more with `repay`.
