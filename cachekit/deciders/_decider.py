@@ -106,9 +106,10 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
     if not decider.static:
         raise ArgumentError(f"`decider` {decider.name!r} looks at a signal, so it has no plan. Run it.")
     times = trajectory(timesteps)
+    steps, unseen = len(times), Sums(math.nan, math.nan)
     state, verdicts = decider.init(times), []
     for step, timestep in enumerate(times.tolist()):
-        now = Moment(step, timestep, len(times), Sums(math.nan, math.nan))
+        now = Moment(step, timestep, steps, unseen)
         computed = step == 0 or bool(decider.decide(state, now))
         state = decider.update(state, now, computed)
         verdicts.append(computed)
