@@ -144,12 +144,7 @@ def drift(found: Sequence[Tensor], loop: Loop) -> tuple[Figure, Facts]:
             at, moved, style, color=COLOURS["mag_cache"], label=f"all blocks, {distance} step{'s' * (distance > 1)}"
         )
     axes.plot(steps, log.signal[1:], color=COLOURS["first_block_cache"], label="the first block, 1 step")
-    axes.set_xlabel("step", fontsize=9, color=INK)
-    axes.set_ylabel("relative change\nof the residual", fontsize=9, color=INK)
-    axes.set_ylim(0)
-    axes.legend(frameon=False, fontsize=9, ncols=2)
-    plain(axes)
-    return figure, _lines(axes)
+    return figure, _finished(axes, "step", "relative change\nof the residual", columns=2)
 
 
 def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
@@ -174,12 +169,8 @@ def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
                 guess = forecaster.predict(state, _clock(start + ahead, len(found)))
                 wrong[ahead - 1] += gap(guess, found[start + ahead]) / len(starts)
         axes.plot(range(1, most + 1), wrong.tolist(), marker="o", markersize=4, color=COLOURS[colour], label=name)
-    axes.set_xlabel("steps since the last computed one; the ones before were 3 apart", fontsize=9, color=INK)
-    axes.set_ylabel("relative error\nof the residual", fontsize=9, color=INK)
-    axes.set_ylim(0)
-    axes.legend(frameon=False, fontsize=9)
-    plain(axes)
-    return figure, _lines(axes)
+    below = "steps since the last computed one; the ones before were 3 apart"
+    return figure, _finished(axes, below, "relative error\nof the residual")
 
 
 def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
@@ -267,12 +258,7 @@ def repaid(trace: ck.Trace) -> tuple[Figure, Facts]:
         axes.plot(range(len(trace)), wrong.tolist(), ".-", color=COLOURS[colour], label=name)
     for node in nodes:
         axes.axvline(node, color=TRACK, zorder=0)
-    axes.set_xlabel("step; the lines: computed", fontsize=9, color=INK)
-    axes.set_ylabel("error so far,\nof the whole way", fontsize=9, color=INK)
-    axes.set_ylim(0)
-    axes.legend(frameon=False, fontsize=9)
-    plain(axes)
-    return figure, _lines(axes)
+    return figure, _finished(axes, "step; the lines: computed", "error so far,\nof the whole way")
 
 
 def _cosine(trace: ck.Trace) -> float:
@@ -288,7 +274,13 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def _lines(axes: Axes) -> Facts:
+def _finished(axes: Axes, x: str, y: str, columns: int = 1) -> Facts:
+    """With labels, a legend and an axis from zero; and what its lines show."""
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.set_ylim(0)
+    axes.legend(frameon=False, fontsize=9, ncols=columns)
+    plain(axes)
     drawn = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     return {str(line.get_label()): _rounded(list(line.get_ydata())) for line in drawn}  # type: ignore[arg-type]
 
