@@ -130,6 +130,7 @@ class CachedStep(nn.Module):
         donate: bool = False,
         programs: Programs | None = None,
         block_options: dict[str, Any] | None = None,
+        opened: Opened | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -149,7 +150,7 @@ class CachedStep(nn.Module):
         self.policy = policy
         self.donate = donate
         self.structure = stated
-        self.opened = Opened(
+        self.opened = opened or Opened(
             model,
             policy.front,
             stated,
@@ -555,6 +556,7 @@ class CachedStep(nn.Module):
             donate=self.donate,
             programs=programs,
             block_options=block_options,
+            opened=None if regional else self.opened,
         )
         made.opened.layouts.update(self.opened.layouts)
         made._forms.update(self._forms)

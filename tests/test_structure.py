@@ -27,8 +27,8 @@ DISCOVERED = tuple(flow for flow in FLOWS if flow != "ambiguous")
 
 def found(model: nn.Module, front: int = 0, structure: tuple[ck.Chain, ...] = (), inputs: tuple | None = None) -> Found:
     """What discovery says of a model."""
-    record, _ = discover(model, block_paths(model), (), inputs or feed(0), {}, torch.device("cpu"))
-    return lay_out(record, front, structure)
+    seen = discover(model, block_paths(model), (), inputs or feed(0), {}, torch.device("cpu"))
+    return lay_out(seen.record, front, structure)
 
 
 def first_block(mask: tuple[int, ...] = MASK) -> ck.Policy:

@@ -17,10 +17,11 @@ from cachekit.errors import ArgumentError, StructureError
 from cachekit.running.regions import Regions
 from cachekit.running.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
 from cachekit.structure.chains import Chain
-from cachekit.structure.discovery import discover
+from cachekit.structure.forms import Forming
 from cachekit.structure.layout import Found, Layout
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
+from cachekit.structure.store import forget, look
 
 
 class Opened:
@@ -58,6 +59,8 @@ class Opened:
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
+        self._form: Any = None  # of the model, when these were found
+        self._unchanged: Callable[[], bool] | None = None
         self.epoch = self.generation = 0
         self._lock = threading.Lock()
         self._early: set[str] = set()
@@ -107,16 +110,22 @@ class Opened:
         with self._lock:
             if self._fingerprint.changed() is not None:
                 self._derive()
-            if self._refresh():
-                self.forget()
+            self._refresh()
+            if self._unchanged is None or not self._unchanged():
+                forming = Forming()
+                before, self._form = self._form, forming.of(self.original)
+                self._unchanged = forming.unchanged()
+                if self._form != before:
+                    self._found.clear()
             if signature not in self._found:
                 _refuse(self.original)
-                inside = part_paths(self.original, self._paths, self._sites)
-                record, same = discover(self.original, self._paths, inside, args, kwargs, device)
+                paths = block_paths(self.original, self._named)
+                inside = part_paths(self.original, paths, self._sites)
+                seen = look(self.original, self._form, paths, inside, args, kwargs, device, signature)
                 laid_out = lay_out(
-                    record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
+                    seen.record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
                 )
-                if not same(laid_out.layout):
+                if not seen.same(laid_out.layout):
                     raise StructureError(_UNLIKE)
                 found = self._found[signature] = self._register(laid_out)
                 early, parts = set(found.layout.early), set(found.layout.parts)
@@ -147,12 +156,12 @@ class Opened:
         changed = self._fingerprint.changed()
         if changed is not None:
             raise _replaced(changed)
-        if self._refresh():
-            self.forget()
+        self._refresh()
 
     def forget(self) -> None:
-        """Record anew at the next `init`: the model is not what it was when it was recorded."""
+        """Record anew at the next `init`: the model does something else than it did when it was recorded."""
         self._found.clear()
+        forget(self.original)
 
     def standing(self) -> tuple[int, ...]:
         """What tells one set of modules, and of hooks on the model itself, from another."""

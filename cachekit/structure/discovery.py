@@ -8,9 +8,15 @@ cannot run so; then one real forward is recorded instead.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +27,40 @@ from cachekit.errors import CacheError, StructureError
 from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
+from cachekit.structure.alike import Account, Accounts
 from cachekit.structure.layout import Layout
 from cachekit.structure.numbering import Numbering, version_of
 from cachekit.structure.record import Leaf, Record
 from cachekit.structure.recorder import Recorder
 
-Discovery: TypeAlias = tuple[Record, Callable[[Layout], bool]]
+class Discovery:
+    """What one forward of a model has shown.
+
+    Attributes:
+        record: the forward, as data.
+    """
+
+    def __init__(self, record: Record, twin: Twin | None) -> None:
+        self.record = record
+        self._twin = twin  # None of a model that had to be run for real
+        self._known: list[tuple[Any, bool]] = []
+        self._lock = threading.Lock()  # a copy runs once at a time
+
+    def same(self, layout: Layout) -> bool:
+        """Whether a step under this layout computes what the model does: not asked of one that was run for real."""
+        if self._twin is None:
+            return True
+        asked = layout.spans, layout.roles, layout.early, [*layout.parts]
+        with self._lock:
+            for known, answer in self._known:
+                if known == asked:
+                    return answer
+            self._known.append((asked, self._twin.same(layout)))
+            return self._known[-1][1]
+
+    def reaches(self, model: nn.Module) -> bool:
+        """Whether it holds on to the model, or may."""
+        return _reaches([self.record, self._twin], {id(module) for module in model.modules()})
 
 
 def discover(
@@ -34,14 +68,14 @@ def discover(
 ) -> Discovery:
     """Record the forward of `model(*args, **kwargs)` with the blocks `paths`, and `parts` in or beside them.
 
-    The model is left as it was. Beside the record comes a function that tells of a layout whether a step under it
-    computes what the model does; of a model that has to be run for real it is not asked.
+    The model is left as it was.
     """
     if any(_patched(module) for module in model.modules()):
         # What a patched forward closes over cannot be copied safely.
         return _real(model, paths, parts, args, kwargs)
     try:
-        return _fake(model, paths, parts, args, kwargs, device)
+        twin = Twin(model, paths, args, kwargs, device)
+        return Discovery(twin.record(parts), twin)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
@@ -69,38 +103,154 @@ def _patched(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
 
 
-def _fake(model, paths, parts, args, kwargs, device) -> Discovery:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) in memo or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            continue
-        with mode:
-            # On the device it runs on, wherever an offloader keeps it meanwhile.
-            fake = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-    with FakeCopyMode(mode):
-        twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
-        # A hook that moves weights between devices has nothing to move here.
-        for name in PATCHED:
-            module.__dict__.pop(name, None)
-    fake_args, fake_kwargs = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
-    with mode:
-        record = _record(twin, paths, parts, fake_args, fake_kwargs, faked=True)
+class Twin:
+    """A fake copy of a model, and of the arguments of one call."""
 
-    def same(layout: Layout) -> bool:
-        with mode:
-            return _same(twin, paths, layout, fake_args, fake_kwargs)
+    def __init__(self, model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device) -> None:
+        self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._paths = paths
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) in memo or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+                continue
+            with mode:
+                # On the device it runs on, wherever an offloader keeps it meanwhile.
+                fake = torch.empty_strided(tuple(tensor.shape), _strides(tensor), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        with FakeCopyMode(mode):
+            self._model: nn.Module = copy.deepcopy(model, memo)
+        for module in self._model.modules():
+            # A hook that moves weights between devices has nothing to move here.
+            for name in PATCHED:
+                module.__dict__.pop(name, None)
+        faked = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
+        self._args, self._kwargs = faked
+        given = [leaf for leaf in pytree.tree_leaves(faked) if isinstance(leaf, Tensor)]
+        self._given = [*given, *self._model.parameters(), *self._model.buffers()]
+        self._accounts = Accounts()
+        self._numbers: dict[bool, list[int]] = {}
 
-    return record, same
+    def record(self, parts: Sequence[str]) -> Record:
+        """Its forward, recorded."""
+        with self._mode:
+            return _record(
+                self._model, self._paths, parts, self._args, self._kwargs, faked=True, accounts=self._accounts
+            )
+
+    def same(self, layout: Layout) -> bool:
+        """Whether a step that computes everything runs the operators of the model, on the same tensors."""
+        # What is told of blocks that are alike is not held against the model before the model has been asked in full.
+        return any(self._as_a_step(layout, told) == self._as_it_is(told) for told in (True, False))
+
+    def _as_a_step(self, layout: Layout, told: bool) -> list[int]:
+        numbering = Numbering(self._given)
+        made = stands(self._model, self._paths, layout.early, layout.parts)
+        frame: Frame = {
+            "mode": REPLAY,
+            "local": False,
+            "layout": layout._replace(output=None, guided=None),
+            "blocks": made.blocks,
+            "entered": True,
+            **{name: {} for name in ("early", "counts", "passed", "calls", "handed")},
+        }
+
+        def passed(account: Account, path: str) -> None:
+            for part in account.parts:
+                name = path + part.call.path[len(account.path) :]
+                frame["passed"][name] = frame["passed"].get(name, 0) + 1
+
+        if told:
+            frame["blocks"] = {
+                path: self._teller(numbering, path, block, passed) for path, block in made.blocks.items()
+            }
+        found = self._numbers_of(numbering, lambda: run_framed(frame, made.root, self._args, self._kwargs))
+        check_reached(frame)
+        return found
+
+    def _as_it_is(self, told: bool) -> list[int]:
+        # After the step: attributes that the model sets on its blocks would else be there already.
+        if told not in self._numbers:
+            numbering = Numbering(self._given)
+            with self._telling(numbering) if told else nullcontext():
+                run = lambda: self._model(*self._args, **self._kwargs)  # noqa: E731
+                self._numbers[told] = self._numbers_of(numbering, run)
+        return self._numbers[told]
+
+    def _numbers_of(self, numbering: Numbering, run: Callable[[], Any]) -> list[int]:
+        with self._mode, torch.inference_mode(False), torch.no_grad(), numbering:
+            out = run()
+        return [numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *self._given)]
+
+    def _teller(
+        self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]
+    ) -> Callable[..., Any]:
+        """A block that is not run where another one is known to do the same."""
+        block = self._model.get_submodule(path)
+
+        def tell(*args, **kwargs) -> Any:
+            account = self._accounts.find(block, self._accounts.sight(block, path, args, kwargs))
+            if account is None:
+                return run(*args, **kwargs)
+            passed(account, path)
+            return numbering.told(account, (*block.parameters(), *block.buffers()), args, kwargs)
+
+        return tell
+
+    @contextmanager
+    def _telling(self, numbering: Numbering) -> Iterator[None]:
+        """Meanwhile the blocks of the copy itself are such blocks."""
+        told: dict[str, nn.Module] = {}
+        for path in self._paths:
+            block = self._model.get_submodule(path)
+            if "forward" in vars(block) or isinstance(block, torch.jit.ScriptModule):
+                continue
+            told[path] = block
+
+        def forward(path: str, block: nn.Module) -> Callable[..., Any]:
+            tell = self._teller(numbering, path, functools.partial(type(block).forward, block), lambda *_: None)
+
+            def asked(*args, **kwargs) -> Any:
+                del block.__dict__["forward"]
+                try:
+                    return tell(*args, **kwargs)
+                finally:
+                    block.__dict__["forward"] = asked
+
+            return asked
+
+        try:
+            for path, block in told.items():
+                block.__dict__["forward"] = forward(path, block)
+            yield
+        finally:
+            for block in told.values():
+                block.__dict__.pop("forward", None)
+
+
+def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
+    """Whether any of these objects is held by the roots, but for what classes and modules of Python hold."""
+    skipped = {id(vars(module)) for module in [*sys.modules.values()] if isinstance(module, types.ModuleType)}
+    seen: set[int] = set()
+    layer: list[Any] = [*roots]
+    while layer:
+        layer = [
+            each
+            for each in gc.get_referents(*layer)
+            if id(each) not in seen
+            and id(each) not in skipped
+            and not isinstance(each, (type, types.ModuleType))
+            and not seen.add(id(each))
+        ]
+        if not wanted.isdisjoint(map(id, layer)):
+            return True
+    return False
 
 
 def _real(model, paths, parts, args, kwargs) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
-    return _record(model, paths, parts, copied_args, copied_kwargs, faked=False), lambda layout: True
+    return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, faked=False), None)
 
 
 def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -122,11 +272,11 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
 
 
-def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
+def _record(model, paths, parts, args, kwargs, *, faked: bool, accounts: Accounts | None = None) -> Record:
     beside = early_paths(model, paths)
     twin = stands(model, paths, beside, parts)
     sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
-    recorder = Recorder(_inputs(model, args, kwargs))
+    recorder = Recorder(_inputs(model, args, kwargs), accounts)
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
     given = {key: recorder.node(value) for key, value in (*enumerate(args), *kwargs.items())}
@@ -153,30 +303,6 @@ def _record(model, paths, parts, args, kwargs, *, faked: bool) -> Record:
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
         faked=faked,
     )
-
-
-def _same(model, paths, layout: Layout, args, kwargs) -> bool:
-    """Whether a step that computes everything runs the operators of the model, on the same tensors."""
-    made = stands(model, paths, layout.early, layout.parts)
-    frame: Frame = {
-        "mode": REPLAY,
-        "local": False,
-        "layout": layout._replace(output=None, guided=None),
-        "blocks": made.blocks,
-        "entered": True,
-        **{name: {} for name in ("early", "counts", "passed", "calls", "handed")},
-    }
-    given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    given += [*model.parameters(), *model.buffers()]
-    numbering, found = Numbering(given), []
-    # The model itself comes second: attributes that it sets on its blocks would else be there already.
-    for run in (lambda: run_framed(frame, made.root, args, kwargs), lambda: model(*args, **kwargs)):
-        numbering.restart()
-        with torch.inference_mode(False), torch.no_grad(), numbering:
-            out = run()
-        found.append([numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *given)])
-    check_reached(frame)
-    return found[0] == found[1]
 
 
 def _held(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:

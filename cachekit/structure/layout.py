@@ -139,6 +139,10 @@ class Layout(NamedTuple):
         return self._replace(spans=spans, output=output, guided=guided, parts=parts, tap=tap)
 
 
+NOTHING = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
+"""Of a policy that stands nowhere."""
+
+
 class Found(NamedTuple):
     """A layout, and what else discovery has to tell."""
 

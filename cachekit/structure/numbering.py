@@ -7,8 +7,8 @@ whatever the blocks share and whatever happens between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+if TYPE_CHECKING:
+    from cachekit.structure.alike import Account
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -44,6 +47,7 @@ class Numbering(Onlooker):
         super().__init__()
         self._given = list(given)
         self._contents: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._silent = False
         self.restart()
 
     def restart(self) -> None:
@@ -60,16 +64,32 @@ class Numbering(Onlooker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._silent:
+            return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         made = hash((str(func), *map(self.number, leaves)))
         given = {address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         out = func(*args, **kwargs)
-        for place, tensor in enumerate(_written(func, args, kwargs)):
+        for place, tensor in enumerate(written(func, args, kwargs)):
             self._keep(tensor, hash((made, "written", place)))
         for place, tensor in enumerate(pytree.tree_leaves(out)):
             if isinstance(tensor, Tensor) and address(tensor) not in given:
                 self._keep(tensor, hash((made, place)))
         return out
+
+    def told(self, account: Account, own: Iterable[Tensor], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What a block returns that does what another one did: one operator of its own tensors and the arguments."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        made = hash((account.path, *map(self.number, tensors), *map(self.number, own)))
+        self._silent = True
+        try:
+            leaves = account.make(tensors)
+        finally:
+            self._silent = False
+        for result, leaf in zip(account.results, leaves, strict=True):
+            if isinstance(leaf, Tensor) and result.argument < 0:
+                self._keep(leaf, hash((made, result.memory)))
+        return pytree.tree_unflatten(leaves, account.treespec)
 
     def _content(self, tensor: Tensor) -> int:
         reference, content = self._contents.get(address(tensor), (None, 0))
@@ -103,7 +123,8 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+def written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes to."""
     if not isinstance(func, OpOverload) or not func._schema.is_mutable:
         return []
     found = []

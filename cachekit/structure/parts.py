@@ -138,15 +138,11 @@ def _in_time(tokens: Tensor | None, frames: Sequence[int]) -> bool:
 
 
 def part_paths(model: nn.Module, blocks: Iterable[str], sites: Any) -> list[str]:
-    """Names of the modules that could be sites besides the blocks.
-
-    Those that match one of the patterns, or, where kinds are asked for, those inside the blocks.
+    """Names of the modules that could be sites besides the blocks: those inside the blocks, and those that are named.
 
     A module without modules inside (a norm, a projection, the bare product of an attention) is part of one that is
-    worth leaving out.
+    worth leaving out, unless it is named.
     """
-    if sites in ("chain", "output"):
-        return []
     found = []
     if not isinstance(sites, str):
         found = [name for name, _ in model.named_modules() if name and matches(name, patterns_of(sites))]

@@ -10,7 +10,7 @@ from typing import Any
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
-from cachekit.structure.layout import ALL, Found, Layout, Like, Output, Span, Stream, Tap
+from cachekit.structure.layout import ALL, NOTHING, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
 from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
 from cachekit.structure.spans import aliases_of, name_of, span_of
@@ -43,8 +43,7 @@ def lay_out(
     if sites == "chain" or front:
         found = _with_chains(record, front, stated, remembered=sites == "chain")
     else:
-        layout = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
-        found = Found(layout, (), None, {}, (), "none", "none is needed", (), record.faked)
+        found = Found(NOTHING, (), None, {}, (), "none", "none is needed", (), record.faked)
     if recorded:
         return _recorded(found, record, stated, output if "output" in recorded else None, tapped="probe" in recorded)
     if sites == "output":

@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
     token: int
     storage: int  # equal for tensors that share memory
     spec: TensorSpec
-    labels: frozenset[int]  # what it was computed from: calls (>= 0) and arguments of the model (< 0)
+    labels: frozenset[int]  # what it was computed from: calls (>= 0), arguments of the model (< 0); none in a part
 
 
 class Tree(NamedTuple):

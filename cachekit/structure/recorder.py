@@ -12,7 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachekit.structure.numbering import Onlooker, address, version_of
+from cachekit.running.frames import REPLAY, framed
+from cachekit.structure.alike import Account, Accounts, Result, Watched, plain_part, renamed
+from cachekit.structure.layout import NOTHING
+from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
 from cachekit.structure.parts import Watch, kind_of
 from cachekit.structure.record import DENOISED, Call, Const, Early, Key, Leaf, Part, TensorSpec, Tree
 
@@ -27,7 +30,7 @@ VIEWS = {
 class Recorder(Onlooker):
     """Follows identity, origin and additions of every tensor through a forward."""
 
-    def __init__(self, inputs: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, inputs: Sequence[Sequence[Tensor]], accounts: Accounts | None = None) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.early: list[Early] = []
@@ -41,6 +44,9 @@ class Recorder(Onlooker):
         self.read: set[int] = set()
         self.depth = 0
         self.flops = 0
+        self.accounts = accounts  # None of a forward that is run for real: every block is run then
+        self._watched: Watched | None = None  # the block that runs
+        self._silent = False
         self._tokens = WeakIdKeyDictionary()
         self._labels = WeakIdKeyDictionary()
         self._lineage = WeakIdKeyDictionary()
@@ -65,6 +71,10 @@ class Recorder(Onlooker):
 
     def labels(self, tensor: Tensor) -> frozenset[int]:
         """What a tensor was computed from: calls of blocks, and arguments of the model."""
+        return frozenset(label for label in self._marks(tensor) if isinstance(label, int))
+
+    def _marks(self, tensor: Tensor) -> frozenset[Any]:
+        """The same, and which arguments of the block that runs."""
         return _set(self._labels, tensor) | self._written.get(address(tensor), frozenset())
 
     def _memory(self, tensor: Tensor) -> int:
@@ -79,6 +89,8 @@ class Recorder(Onlooker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._silent:
+            return func(*args, **kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = func(*args, **kwargs)
         if not self.depth:
@@ -89,7 +101,7 @@ class Recorder(Onlooker):
                 if self._dirty:  # seen through another view of the same memory
                     self.read.update(self._dirty.get(self._memory(tensor), {}).values())
         outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-        labels = frozenset().union(*(self.labels(tensor) for tensor in inputs))
+        labels = frozenset().union(*(self._marks(tensor) for tensor in inputs))
         lineage = self._carried(func, inputs)
         mutable = isinstance(func, OpOverload) and func._schema.is_mutable
         shared = {address(tensor) for tensor in inputs}
@@ -109,6 +121,8 @@ class Recorder(Onlooker):
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
         if count is not None and self.depth:
             self.flops += int(count(*args, **kwargs, out_val=out))
+        if self._watched is not None:
+            self._watched.operator(inputs, outputs, written(func, args, kwargs))
         if self._watch.running:
             name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
             self._watch.operator(name, args, outputs, self.labels, count is not None)
@@ -138,11 +152,12 @@ class Recorder(Onlooker):
         versions = {key: version_of(value) for key, value in tensors.items()}
         lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
         held = dict(vars(block))
-        self.depth += 1
-        try:
-            out = block(*args, **kwargs)
-        finally:
-            self.depth -= 1
+        sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
+        account = self.accounts.find(site._block, sight) if self.accounts is not None else None
+        if account is not None:
+            out = self._told(account, site._path, args, kwargs)
+        else:
+            out = self._looked_at(site, sight, args, kwargs)
         attributes = {name: value for name, value in vars(block).items() if held.get(name) is not value}
         site.__dict__.update(attributes)
         left = {name: self.token(value) for name, value in attributes.items() if isinstance(value, Tensor)}
@@ -184,11 +199,116 @@ class Recorder(Onlooker):
         self._seen[path] = self._seen.get(path, 0) + 1
         return out
 
+    def _looked_at(self, site, sight: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run a block, and keep an account of what it did where that holds for others too."""
+        block, index = site._run, len(self.calls)
+        self.depth += 1
+        try:
+            if sight is None or self.accounts is None:
+                return block(*args, **kwargs)
+            tensors = _tensors(args, kwargs)
+            for place, tensor in enumerate(tensors):
+                self._labels[tensor] = _set(self._labels, tensor) | {(index, place)}
+            before, first = self.flops, len(self.parts)
+            with self.accounts.watching(site._block, block, tensors) as self._watched:
+                watched = self._watched
+                try:
+                    out = block(*args, **kwargs)
+                finally:
+                    self._watched = None
+        finally:
+            self.depth -= 1
+
+        def reached(tensor: Tensor) -> frozenset[int]:
+            marks = (mark for mark in self._marks(tensor) if not isinstance(mark, int))
+            return frozenset(place for n, place in marks if n == index)
+
+        def added(tensor: Tensor) -> frozenset[Key]:
+            return frozenset(key for n, key in _set(self._lineage, tensor) if n == index)
+
+        leaves, treespec = pytree.tree_flatten(out)
+        made = watched.results(tensors, leaves, reached, added)
+        parts = tuple(self.parts[first:])
+        if made is not None and all(map(plain_part, parts)) and self._as_the_block(site, args, kwargs):
+            ends = [("argument", *pair) for pair in enumerate(tensors)]
+            ends += [("result", *pair) for pair in enumerate(leaves) if isinstance(pair[1], Tensor)]
+            account = Account(
+                path=site._path,
+                sight=sight,
+                outside=watched.outside,
+                results=made[0],
+                treespec=treespec,
+                memories=made[1],
+                flops=self.flops - before,
+                parts=parts,
+                overwritten=frozenset(n - first for n in self.overwritten if n >= first),
+                tokens={self.token(tensor): (what, place) for what, place, tensor in reversed(ends)},
+                storages={self._memory(tensor): (what, place) for what, place, tensor in reversed(ends)},
+            )
+            self.accounts.keep(site._block, account)
+        return out
+
+    def _as_the_block(self, site, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether what runs in the place of a block, with sites inside, runs the operators of the block."""
+        if site._run is site._block:
+            return True
+        numbering = Numbering([*_tensors(args, kwargs), *site._block.parameters(), *site._block.buffers()])
+        found = []
+        self._silent = True
+        try:
+            with framed({"mode": REPLAY, "local": False, "layout": NOTHING}), numbering:
+                for run in (site._run, site._block):
+                    numbering.restart()
+                    found.append([*map(numbering.number, pytree.tree_leaves(run(*args, **kwargs)))])
+        finally:
+            self._silent = False
+        return found[0] == found[1]
+
+    def _told(self, account: Account, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a block returns that does what another one did; it is written down as if it had been looked at."""
+        index, tensors = len(self.calls), _tensors(args, kwargs)
+        self._silent = True
+        try:
+            leaves = account.make(tensors)
+        finally:
+            self._silent = False
+        for result, leaf in zip(account.results, leaves, strict=True):
+            if isinstance(result, Result) and result.argument < 0:
+                self._written.pop(address(leaf), None)
+                self._labels[leaf] = frozenset().union(*(self.labels(tensors[place]) for place in result.reached))
+                if result.added:
+                    self._lineage[leaf] = frozenset((index, key) for key in result.added)
+        ends = {"argument": tensors, "result": leaves}
+        tokens = {old: self.token(ends[what][place]) for old, (what, place) in account.tokens.items()}
+        storages = {old: self._memory(ends[what][place]) for old, (what, place) in account.storages.items()}
+        for n, part in enumerate(account.parts):
+            name = path + part.call.path[len(account.path) :]
+            call = renamed(part.call, lambda old: self._renewed(tokens, old), lambda old: self._renewed(storages, old))
+            self._keep_part(Part(call._replace(path=name, nth=self._seen.get(name, 0)), part.kind, index, written=False))
+            if n in account.overwritten:
+                self.overwritten.add(len(self.parts) - 1)
+        self.flops += account.flops
+        return pytree.tree_unflatten(leaves, account.treespec)
+
+    def _renewed(self, known: dict[int, int], old: int) -> int:
+        """The number that stands for another block's."""
+        if old not in known:
+            self._count += 1
+            known[old] = self._count
+        return known[old]
+
+    def _keep_part(self, part: Part) -> None:
+        self._seen[part.call.path] = part.call.nth + 1
+        for leaf in part.call.outs:
+            if isinstance(leaf, Leaf):
+                self._makers.setdefault(leaf.storage, set()).add(len(self.parts))
+        self.parts.append(part)
+
     def part(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module inside a block and write down what it does."""
         module, path = site._run, site._path
         given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
-        nodes = {key: self.node(value) for key, value in given.items()}
+        nodes = {key: self.node(value, labelled=False) for key, value in given.items()}
         versions = {key: version_of(value) for key, value in given.items() if isinstance(value, Tensor)}
         held, block = dict(vars(module)), len(self.calls) if self.depth else -1
         activity = self._watch.enter(given)
@@ -205,17 +325,13 @@ class Recorder(Onlooker):
             kind=f"{type(module).__module__}.{type(module).__qualname__}",
             args=nodes,
             treespec=treespec,
-            outs=tuple(self.node(leaf) for leaf in leaves),
+            outs=tuple(self.node(leaf, labelled=False) for leaf in leaves),
             lineage={},
             mutated={key: 0 for key, version in versions.items() if version_of(given[key]) != version},
             attributes=dict.fromkeys(attributes, 0),
             flops=0,
         )
-        self._seen[path] = call.nth + 1
-        for leaf in call.outs:
-            if isinstance(leaf, Leaf):
-                self._makers.setdefault(leaf.storage, set()).add(len(self.parts))
-        self.parts.append(Part(call, kind_of(activity, path, given, out, self._frames), block, written=False))
+        self._keep_part(Part(call, kind_of(activity, path, given, out, self._frames), block, written=False))
         return out
 
     def beside(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -240,11 +356,12 @@ class Recorder(Onlooker):
         same = [all(version_of(tensor) == version for tensor, version in results) for results in self._returned]
         return [call.pure and kept for call, kept in zip(self.early, same, strict=True)]
 
-    def node(self, value: Any) -> Any:
+    def node(self, value: Any, *, labelled: bool = True) -> Any:
         """An argument or result as data."""
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
-            return Leaf(self.token(value), self._memory(value), spec, self.labels(value))
+            labels = self.labels(value) if labelled else frozenset()
+            return Leaf(self.token(value), self._memory(value), spec, labels)
         leaves, treespec = pytree.tree_flatten(value)
         if treespec.is_leaf():
             return Const(value)
@@ -252,13 +369,18 @@ class Recorder(Onlooker):
             self._containers.append(value)
             self._count += 1
             self._container_tokens[id(value)] = self._count
-        return Tree(self._container_tokens[id(value)], treespec, tuple(self.node(leaf) for leaf in leaves))
+        nodes = tuple(self.node(leaf, labelled=labelled) for leaf in leaves)
+        return Tree(self._container_tokens[id(value)], treespec, nodes)
 
 
 def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
     """Batch and what may be the number of frames, where the first argument is a video, [B, C, F, H, W] say."""
     first = inputs[0][0] if inputs and inputs[0] else None
     return tuple(first.shape[:3]) if first is not None and first.ndim == 5 else ()
+
+
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _plain(value: Any) -> bool:

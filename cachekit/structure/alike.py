@@ -1,0 +1,344 @@
+"""Blocks that are proven to do the same need not each be looked at.
+
+A block does what another did where all that its code can see is the same: class, attributes and modules (their *form*),
+the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what a
+recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
+tensors and what it made, wrote to none of the former, and left nothing behind. An account is told again of every block
+that is alike; any other block is looked at in full.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from cachekit.running.shadow import HOOKS
+from cachekit.structure.forms import PLAIN, Forming, form
+from cachekit.structure.numbering import address, version_of
+from cachekit.structure.record import Call, Leaf, Part, Tree, list_name
+
+SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
+"""Packages whose globals do not decide what a block does, beside the modes of the thread."""
+
+STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
+
+
+class Sight(NamedTuple):
+    """All that decides what a call of a block does, but for what lies outside of it."""
+
+    block: Any  # its form
+    arguments: Any  # theirs
+    modes: tuple[Any, ...]
+    place: str  # the list it stands in
+
+
+class Result(NamedTuple):
+    """A tensor that a block returned: its argument, or a view of memory that it made."""
+
+    argument: int  # -1 where it was made
+    memory: int  # which of `Account.memories`
+    view: tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides, offset
+    reached: frozenset[int]  # the arguments that it was computed from
+    added: frozenset[Any]  # keys of the arguments that it reaches by additions alone
+
+
+class Account(NamedTuple):
+    """What a call of a block did."""
+
+    path: str
+    sight: Sight
+    outside: dict[Any, list[Any]]  # values of what its code sees beside it
+    results: tuple[Result | Any, ...]  # of every leaf; as it is where it is no tensor
+    treespec: Any
+    memories: tuple[tuple[int, torch.dtype, torch.device], ...]  # elements, dtype, device
+    flops: int
+    parts: tuple[Part, ...]
+    overwritten: frozenset[int]  # which of them it wrote to the results of
+    tokens: dict[int, tuple[str, int]]  # of the parts' tensors -> argument or result of the block
+    storages: dict[int, tuple[str, int]]
+
+    def make(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What it returned, for these tensors among the arguments."""
+        made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in self.memories]
+
+        def leaf(result: Result | Any) -> Any:
+            if not isinstance(result, Result):
+                return result
+            if result.argument >= 0:
+                return tensors[result.argument]
+            return torch.as_strided(made[result.memory], *result.view)
+
+        return [*map(leaf, self.results)]
+
+
+class Accounts:
+    """The accounts of one recorded forward."""
+
+    def __init__(self) -> None:
+        self._of: dict[type, list[Account]] = {}
+        self._forms: dict[int, tuple[Any, Callable[[], bool]]] = {}
+        self._outside = Outside()
+
+    def sight(self, block: nn.Module, path: str, args: tuple, kwargs: Mapping[str, Any]) -> Sight | None:
+        """What a block and its arguments look like, or None where that does not say all."""
+        if "forward" in vars(block) or any(vars(block)[name] for name in HOOKS):
+            return None
+        arguments = _arguments(block, args, kwargs)
+        if arguments is None:
+            return None
+        known = self._forms.get(id(block))
+        if known is None or not known[1]():
+            forming = Forming()
+            known = self._forms[id(block)] = forming.of(block), forming.unchanged()
+        return Sight(known[0], arguments, _modes(), list_name(path))
+
+    def find(self, block: nn.Module, sight: Sight | None) -> Account | None:
+        """The account of another call that is known to do the same as this one."""
+        for account in reversed(self._of.get(type(block), ())) if sight is not None else ():
+            if account.sight == sight and self._outside.still(account.outside):
+                return account
+        return None
+
+    def keep(self, block: nn.Module, account: Account) -> None:
+        """This is what a call of this block did."""
+        self._of.setdefault(type(block), []).append(account)
+
+    @contextmanager
+    def watching(self, block: nn.Module, run: nn.Module, given: Sequence[Tensor]) -> Iterator[Watched]:
+        """While a block runs: what its code sees outside, and whether it keeps to itself.
+
+        Args:
+            block: the block.
+            run: what runs in its place.
+            given: the tensors among its arguments.
+        """
+        watched = Watched([*given, *block.parameters(), *block.buffers()])
+        like, untouched = form(run), unwritten(given)
+        self._outside.see(block)
+        before = self._outside.now()
+        with self._outside.watching() as first:
+            yield watched
+        watched.outside = {**first, **before}
+        watched.alone &= self._outside.steady and self._outside.still(watched.outside)
+        watched.alone &= untouched() and form(run) == like
+
+
+def _arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What the arguments look like, or None where they are not tensors and plain values alone."""
+    leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
+    if not all(type(leaf) in PLAIN or isinstance(leaf, Tensor) for leaf in leaves):
+        return None
+    own = {address(tensor) for tensor in (*block.parameters(), *block.buffers())}
+    if any(isinstance(leaf, Tensor) and address(leaf) in own for leaf in leaves):
+        return None
+    forming = Forming()
+    views = [(leaf.storage_offset(), leaf.is_conj(), leaf.is_neg()) for leaf in leaves if isinstance(leaf, Tensor)]
+    return treespec, [*map(forming.of, leaves)], views
+
+
+def _modes() -> tuple[Any, ...]:
+    casts = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "xpu", "mps")
+        if torch.amp.is_autocast_available(kind)
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *casts
+
+
+class Watched:
+    """What a block that runs reads, writes and makes.
+
+    Attributes:
+        alone: whether it has kept to its arguments, its own tensors, and what it made.
+        outside: what its code saw beside them, before it ran.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self.alone = True
+        self.outside: dict[Any, list[Any]] = {}
+        self._given = {address(tensor) for tensor in given}
+        self._made: dict[int, list[weakref.ref[Tensor]]] = {}  # by memory
+
+    def operator(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor], written: Iterable[Tensor]) -> None:
+        """An operator ran in it."""
+        given, made = self._given, self._made
+        self.alone &= all(place in given or place in made for place in map(address, inputs))
+        self.alone &= not any(address(tensor) in given for tensor in written)
+        for tensor in outputs:
+            if address(tensor) not in given:
+                made.setdefault(address(tensor), []).append(weakref.ref(tensor))
+
+    def results(
+        self, tensors: Sequence[Tensor], leaves: Sequence[Any], reached: Callable[[Tensor], Any], added: Callable
+    ) -> tuple[tuple[Result | Any, ...], tuple[tuple[int, torch.dtype, torch.device], ...]] | None:
+        """What it returned, and in which memories, or None where it did more than compute that.
+
+        Args:
+            tensors: among its arguments.
+            leaves: of what it returned.
+            reached: the arguments that a tensor was computed from.
+            added: the keys of those that it reaches by additions alone.
+        """
+        places = {id(tensor): place for place, tensor in enumerate(tensors)}
+        memories: dict[int, int] = {}
+        kinds: list[tuple[int, torch.dtype, torch.device]] = []
+        found: list[Any] = []
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                if type(leaf) not in PLAIN:
+                    return None
+                found.append(leaf)
+                continue
+            if id(leaf) in places:
+                found.append(Result(places[id(leaf)], -1, ((), (), 0), reached(leaf), added(leaf)))
+                continue
+            place = address(leaf)
+            if place not in self._made or type(leaf) is not FakeTensor or leaf.is_conj() or leaf.is_neg():
+                return None
+            number = memories.setdefault(place, len(memories))
+            kind = leaf.untyped_storage().nbytes() // leaf.element_size(), leaf.dtype, leaf.device
+            kinds[number:] = kinds[number:] or [kind]
+            if kinds[number] != kind:
+                return None
+            view = tuple(leaf.shape), tuple(leaf.stride()), leaf.storage_offset()
+            found.append(Result(-1, number, view, reached(leaf), added(leaf)))
+        left = (made for place, made in self._made.items() if place not in memories)
+        if not self.alone or any(tensor() is not None for made in left for tensor in made):
+            return None
+        return tuple(found), tuple(kinds)
+
+
+class Outside:
+    """What code sees beside its arguments: the globals that it names, and its classes.
+
+    Attributes:
+        steady: no code that ran sets a global, or a variable of a function around it.
+    """
+
+    def __init__(self) -> None:
+        self.steady = True
+        self._codes: set[types.CodeType] = set()
+        self._seen: dict[Any, tuple[dict[str, Any], str] | type] = {}
+        self._first: dict[Any, list[Any]] = {}
+
+    def see(self, block: nn.Module) -> None:
+        """Attributes of the classes of its modules may decide."""
+        for kind in {type(module): None for module in block.modules()}:
+            for each in kind.__mro__:
+                if each.__module__.partition(".")[0] not in SETTLED:
+                    self._seen.setdefault(each, each)
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[Any, list[Any]]]:
+        """Note the code that runs meanwhile, and the values of what it names, before it runs for the first time."""
+        self._first = {}
+        if sys.getprofile() is not None:  # a profiler's place is not to be taken, so nothing is known
+            self.steady = False
+            yield self._first
+            return
+        sys.setprofile(self._called)
+        try:
+            yield self._first
+        finally:
+            sys.setprofile(None)
+
+    def _called(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event != "call" or frame.f_code in self._codes:
+            return
+        code, names = frame.f_code, frame.f_globals
+        self._codes.add(code)
+        if str(names.get("__name__")).partition(".")[0] in SETTLED:
+            return
+        self.steady &= not _sets(code)
+        for name in code.co_names:
+            key = id(names), name
+            if name in names and key not in self._seen:
+                self._seen[key] = names, name
+                self._first[key] = self._values(key)
+
+    def now(self) -> dict[Any, list[Any]]:
+        """The values of all that is seen."""
+        return {key: self._values(key) for key in self._seen}
+
+    def still(self, before: Mapping[Any, list[Any]]) -> bool:
+        """Whether what was seen then is the very same now."""
+        return all(alike(values, self._values(key)) for key, values in before.items())
+
+    def _values(self, key: Any) -> list[Any]:
+        seen, found = self._seen[key], []
+        if isinstance(seen, type):
+            for value in vars(seen).values():
+                _unfold(value, found, 1)
+        else:
+            _unfold(seen[0].get(seen[1]), found, 2)
+        return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _sets(code: types.CodeType) -> bool:
+    """Whether it sets a global, or a variable of a function around it."""
+    return any(
+        each.opname in STORES and (each.opname.endswith("GLOBAL") or each.argval in code.co_freevars)
+        for each in dis.get_instructions(code)
+    )
+
+
+def _unfold(value: Any, found: list[Any], depth: int) -> None:
+    """A value, and the values in it."""
+    found.append(value)
+    if not depth or isinstance(value, (types.ModuleType, types.FunctionType)):
+        return
+    inside: Callable[[], Iterable[Any]] | None = None
+    if isinstance(value, dict):
+        inside = value.values
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inside = value.__iter__
+    elif not isinstance(value, type) or value.__module__.partition(".")[0] not in SETTLED:
+        held = getattr(value, "__dict__", None)
+        inside = held.values if held is not None else None
+    for item in inside() if inside is not None else ():
+        _unfold(item, found, depth - 1)
+
+
+def plain_part(part: Part) -> bool:
+    """Whether a part takes and returns tensors and plain values alone."""
+    nodes = [*part.call.args.values(), *part.call.outs]
+    leaves = itertools.chain.from_iterable(node.leaves if isinstance(node, Tree) else (node,) for node in nodes)
+    return all(isinstance(leaf, Leaf) or type(leaf.value) in PLAIN for leaf in leaves)
+
+
+def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], int]) -> Call:
+    """The same call on other tensors."""
+
+    def rename(node: Any) -> Any:
+        if isinstance(node, Leaf):
+            return node._replace(token=token(node.token), storage=storage(node.storage))
+        if isinstance(node, Tree):
+            return node._replace(token=token(node.token), leaves=tuple(map(rename, node.leaves)))
+        return node
+
+    args = {key: rename(node) for key, node in call.args.items()}
+    return call._replace(args=args, outs=tuple(map(rename, call.outs)))
+
+
+def alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether these are the very same values."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def unwritten(tensors: Iterable[Tensor]) -> Callable[[], bool]:
+    """A function that tells whether these have not been written to since."""
+    versions = [(tensor, version_of(tensor)) for tensor in tensors]
+    return lambda: all(version_of(tensor) == version for tensor, version in versions)

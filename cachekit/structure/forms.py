@@ -1,0 +1,163 @@
+"""What a module is like, as a value: two modules of one form do the same with the same arguments.
+
+A form holds plain values and descriptions of tensors, and whatever else has no value of its own (a function, a lock)
+by identity, weakly: it keeps nothing alive.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+"""Types of values that nobody can change, and that are compared by value."""
+
+HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
+
+
+class Same:
+    """One object, held weakly: equal while it lives, to itself alone. What cannot be held so is equal to nothing."""
+
+    __slots__ = ("_hash", "_of")
+
+    def __init__(self, value: Any) -> None:
+        self._hash = id(value)
+        try:
+            self._of: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._of = type(None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and (mine := self._of()) is not None and mine is other._of()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class Forming:
+    """Forms of the values of one walk.
+
+    Attributes:
+        dicts, lists: the containers that were walked through. While they hold the very same values the form is the same.
+    """
+
+    def __init__(self) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.lists: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._storages: dict[int, int] = {}
+        self._kept: list[Any] = []  # what was made on the way, so that an id stays one object's
+
+    def of(self, value: Any) -> Any:
+        """The form of a value."""
+        kind = type(value)
+        if kind in PLAIN:
+            return kind, value
+        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+            return Same(value)
+        number = self._seen.get(id(value))
+        if number is not None:
+            return "again", number
+        self._seen[id(value)] = len(self._seen)
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, nn.Module):
+            return kind.__name__, Same(kind), self._attributes(value)
+        if isinstance(value, dict):
+            self.dicts.append(value)
+            return "dict", Same(kind), *((self.of(key), self.of(item)) for key, item in value.items())
+        if isinstance(value, (list, tuple)):
+            self.lists.append(value)
+            return "list", Same(kind), *map(self.of, value)
+        if isinstance(value, (set, frozenset)):
+            plain = all(type(item) in PLAIN for item in value)
+            return ("set", Same(kind), frozenset(value)) if plain else Same(value)
+        if isinstance(value, functools.partial):
+            return "partial", self.of(value.func), self.of(value.args), self.of(value.keywords)
+        if isinstance(value, types.MethodType):
+            return "method", Same(value.__func__), self.of(value.__self__)
+        if _open(kind):
+            return "object", Same(kind), self._attributes(value)
+        return Same(value)
+
+    def tensor(self, value: Tensor) -> Any:
+        """What a tensor is like: everything but its numbers. Of those that share memory it tells which."""
+        kind = type(value)
+        flatten = getattr(value, "__tensor_flatten__", None)
+        if flatten is not None and kind not in (Tensor, nn.Parameter, nn.Buffer):
+            names, context = flatten()
+            inner = (self.of(context), *(self.of(self._keep(getattr(value, name))) for name in names))
+            return "tensor", Same(kind), _view(value), self.of(vars(value)), *inner
+        storage = _address(value)
+        shared = None if storage is None else self._storages.setdefault(storage, len(self._storages))
+        more = self.of(vars(value)) if vars(value) and kind is not FakeTensor else ()
+        return "tensor", Same(kind), _view(value), shared, more
+
+    def _attributes(self, holder: Any) -> Any:
+        attributes = vars(holder)
+        self.dicts.append(attributes)
+        found = []
+        for name, value in attributes.items():
+            kind = type(value)
+            if kind in PLAIN:
+                found.append((name, kind, value))
+            elif value or not isinstance(value, dict):
+                found.append((name, self.of(value)))
+            else:  # most of what a module has is an empty dict of hooks
+                self.dicts.append(value)
+        return tuple(found)
+
+    def _keep(self, value: Any) -> Any:
+        self._kept.append(value)
+        return value
+
+    def unchanged(self) -> Callable[[], bool]:
+        """A function that tells whether everything walked through holds the very same values still. It keeps them."""
+        dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, list)]
+
+        def now() -> Iterator[Any]:
+            return chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists))
+
+        before = [*now()]
+
+        def same() -> bool:
+            values = [*now()]
+            return len(values) == len(before) and all(map(operator.is_, values, before))
+
+        return same
+
+
+def form(value: Any) -> Any:
+    """What a value is like: see the module."""
+    return Forming().of(value)
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    return tuple(tensor.shape), strides, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+
+
+def _address(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a layout or a subclass without memory of its own
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _open(kind: type) -> bool:
+    """Whether all that an object of this class holds is among its attributes."""
+    if issubclass(kind, types.SimpleNamespace):
+        return True
+    made = kind.__mro__[:-1]
+    return bool(kind.__dictoffset__) and all(each.__flags__ & HEAP and not vars(each).get("__slots__") for each in made)
