@@ -125,7 +125,7 @@ class Opened:
                 laid_out = lay_out(
                     seen.record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
                 )
-                if not seen.same(laid_out.layout):
+                if self._paths and not seen.same(laid_out.layout):
                     raise StructureError(_UNLIKE)
                 found = self._found[signature] = self._register(laid_out)
                 early, parts = set(found.layout.early), set(found.layout.parts)

@@ -38,7 +38,7 @@ STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 class Sight(NamedTuple):
     """All that decides what a call of a block does, but for what lies outside of it."""
 
-    block: Any  # its form
+    block: Any  # its form, and which modules in it are looked at
     arguments: Any  # theirs
     modes: tuple[Any, ...]
     place: str  # the list it stands in
@@ -84,9 +84,14 @@ class Account(NamedTuple):
 
 
 class Accounts:
-    """The accounts of one recorded forward."""
+    """The accounts of one recorded forward.
 
-    def __init__(self) -> None:
+    Args:
+        parts: names of the modules, inside the blocks or blocks themselves, that are looked at one by one.
+    """
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        self._parts = parts
         self._of: dict[type, list[Account]] = {}
         self._forms: dict[int, tuple[Any, Callable[[], bool]]] = {}
         self._outside = Outside()
@@ -101,7 +106,8 @@ class Accounts:
         known = self._forms.get(id(block))
         if known is None or not known[1]():
             forming = Forming()
-            known = self._forms[id(block)] = forming.of(block), forming.unchanged()
+            parts = [part[len(path) :] for part in self._parts if part == path or part.startswith(f"{path}.")]
+            known = self._forms[id(block)] = (forming.of(block), parts), forming.unchanged()
         return Sight(known[0], arguments, _modes(), list_name(path))
 
     def find(self, block: nn.Module, sight: Sight | None) -> Account | None:

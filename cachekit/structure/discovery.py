@@ -74,8 +74,8 @@ def discover(
         # What a patched forward closes over cannot be copied safely.
         return _real(model, paths, parts, args, kwargs)
     try:
-        twin = Twin(model, paths, args, kwargs, device)
-        return Discovery(twin.record(parts), twin)
+        twin = Twin(model, paths, parts, args, kwargs, device)
+        return Discovery(twin.record(), twin)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
@@ -106,9 +106,17 @@ def _patched(module: nn.Module) -> bool:
 class Twin:
     """A fake copy of a model, and of the arguments of one call."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str], args: tuple, kwargs: Mapping[str, Any], device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        parts: Sequence[str],
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
         self._mode = mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._paths = paths
+        self._paths, self._parts = paths, parts
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) in memo or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -128,15 +136,13 @@ class Twin:
         self._args, self._kwargs = faked
         given = [leaf for leaf in pytree.tree_leaves(faked) if isinstance(leaf, Tensor)]
         self._given = [*given, *self._model.parameters(), *self._model.buffers()]
-        self._accounts = Accounts()
+        self._accounts = Accounts(parts)
         self._numbers: dict[bool, list[int]] = {}
 
-    def record(self, parts: Sequence[str]) -> Record:
+    def record(self) -> Record:
         """Its forward, recorded."""
-        with self._mode:
-            return _record(
-                self._model, self._paths, parts, self._args, self._kwargs, faked=True, accounts=self._accounts
-            )
+        with self._mode, self._put_back():
+            return _record(self._model, self._paths, self._parts, self._args, self._kwargs, self._accounts)
 
     def same(self, layout: Layout) -> bool:
         """Whether a step that computes everything runs the operators of the model, on the same tensors."""
@@ -169,7 +175,6 @@ class Twin:
         return found
 
     def _as_it_is(self, told: bool) -> list[int]:
-        # After the step: attributes that the model sets on its blocks would else be there already.
         if told not in self._numbers:
             numbering = Numbering(self._given)
             with self._telling(numbering) if told else nullcontext():
@@ -178,9 +183,21 @@ class Twin:
         return self._numbers[told]
 
     def _numbers_of(self, numbering: Numbering, run: Callable[[], Any]) -> list[int]:
-        with self._mode, torch.inference_mode(False), torch.no_grad(), numbering:
+        with self._mode, self._put_back(), torch.inference_mode(False), torch.no_grad(), numbering:
             out = run()
         return [numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *self._given)]
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        """Every run begins with the same attributes: what the model sets on its blocks would else be there already."""
+        held = [held for module in self._model.modules() for held in (vars(module), module._buffers)]
+        before = [dict(each) for each in held]
+        try:
+            yield
+        finally:
+            for each, items in zip(held, before, strict=True):
+                each.clear()
+                each.update(items)
 
     def _teller(
         self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]
@@ -250,7 +267,7 @@ def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
 def _real(model, paths, parts, args, kwargs) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
-    return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, faked=False), None)
+    return Discovery(_record(model, paths, parts, copied_args, copied_kwargs), None)
 
 
 def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -272,7 +289,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
 
 
-def _record(model, paths, parts, args, kwargs, *, faked: bool, accounts: Accounts | None = None) -> Record:
+def _record(model, paths, parts, args, kwargs, accounts: Accounts | None = None) -> Record:
     beside = early_paths(model, paths)
     twin = stands(model, paths, beside, parts)
     sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
@@ -301,7 +318,7 @@ def _record(model, paths, parts, args, kwargs, *, faked: bool, accounts: Account
         treespec=treespec,
         read=frozenset(recorder.read),
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
-        faked=faked,
+        faked=accounts is not None,
     )
 
 

@@ -111,10 +111,10 @@ class Forming:
             kind = type(value)
             if kind in PLAIN:
                 found.append((name, kind, value))
-            elif value or not isinstance(value, dict):
-                found.append((name, self.of(value)))
-            else:  # most of what a module has is an empty dict of hooks
+            elif isinstance(value, dict) and not value:  # most of what a module has: no hooks
                 self.dicts.append(value)
+            else:
+                found.append((name, self.of(value)))
         return tuple(found)
 
     def _keep(self, value: Any) -> Any:
