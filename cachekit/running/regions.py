@@ -15,7 +15,7 @@ from torch import nn
 from cachekit.running.frames import EAGER, Frame, call_frames
 from cachekit.running.programs import compiled_with, fresh, in_own_words
 from cachekit.running.shadow import HOOKS
-from cachekit.structure.layout import Layout, Output
+from cachekit.structure.layout import NOTHING, Layout, Output
 
 Parts = Mapping[str, tuple[Output, ...]]
 
@@ -94,9 +94,6 @@ class Regions:
             kind = self._kinds.index(parts)
             self._inside[key] = Inside(layout, kind, self._kinds[kind], names)
         return self._inside[key]
-
-
-NOTHING = Layout(spans=(), output=None, guided=None, parts={}, early=(), written=None, roles={})
 
 
 def _region(frame: Frame, parts: Parts) -> Callable[..., Any]:

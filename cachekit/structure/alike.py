@@ -66,7 +66,7 @@ class Account(NamedTuple):
     flops: int
     parts: tuple[Part, ...]
     overwritten: frozenset[int]  # which of them it wrote to the results of
-    tokens: dict[int, tuple[str, int]]  # of the parts' tensors -> argument or result of the block
+    tokens: dict[int, tuple[str, int]]  # of tensors -> which argument, result or parameter of the block each is
     storages: dict[int, tuple[str, int]]
 
     def make(self, tensors: Sequence[Tensor]) -> list[Any]:
@@ -130,9 +130,10 @@ class Accounts:
             run: what runs in its place.
             given: the tensors among its arguments.
         """
-        watched = Watched([*given, *block.parameters(), *block.buffers()])
-        like, untouched = form(run), unwritten(given)
-        self._outside.see(block)
+        watched = Watched([*given, *own_tensors(block)])
+        forming, untouched = Forming(), unwritten(given)
+        like = forming.of(run)
+        self._outside.see(forming.classes)
         before = self._outside.now()
         with self._outside.watching() as first:
             yield watched
@@ -146,7 +147,7 @@ def _arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     if not all(type(leaf) in PLAIN or isinstance(leaf, Tensor) for leaf in leaves):
         return None
-    own = {address(tensor) for tensor in (*block.parameters(), *block.buffers())}
+    own = {address(tensor) for tensor in own_tensors(block)}
     if any(isinstance(leaf, Tensor) and address(leaf) in own for leaf in leaves):
         return None
     forming = Forming()
@@ -218,7 +219,7 @@ class Watched:
             kinds[number:] = kinds[number:] or [kind]
             if kinds[number] != kind:
                 return None
-            view = tuple(leaf.shape), tuple(leaf.stride()), leaf.storage_offset()
+            view = tuple(leaf.shape), tuple(leaf.stride()), int(leaf.storage_offset())
             found.append(Result(-1, number, view, reached(leaf), added(leaf)))
         left = (made for place, made in self._made.items() if place not in memories)
         if not self.alone or any(tensor() is not None for made in left for tensor in made):
@@ -239,9 +240,9 @@ class Outside:
         self._seen: dict[Any, tuple[dict[str, Any], str] | type] = {}
         self._first: dict[Any, list[Any]] = {}
 
-    def see(self, block: nn.Module) -> None:
-        """Attributes of the classes of its modules may decide."""
-        for kind in {type(module): None for module in block.modules()}:
+    def see(self, classes: Iterable[type]) -> None:
+        """Attributes of these classes may decide."""
+        for kind in classes:
             for each in kind.__mro__:
                 if each.__module__.partition(".")[0] not in SETTLED:
                     self._seen.setdefault(each, each)
@@ -318,6 +319,11 @@ def _unfold(value: Any, found: list[Any], depth: int) -> None:
         _unfold(item, found, depth - 1)
 
 
+def own_tensors(block: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a block, in an order that blocks of one form share."""
+    return [*block.parameters(), *block.buffers()]
+
+
 def plain_part(part: Part) -> bool:
     """Whether a part takes and returns tensors and plain values alone."""
     nodes = [*part.call.args.values(), *part.call.outs]
@@ -332,7 +338,7 @@ def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], in
         if isinstance(node, Leaf):
             return node._replace(token=token(node.token), storage=storage(node.storage))
         if isinstance(node, Tree):
-            return node._replace(token=token(node.token), leaves=tuple(map(rename, node.leaves)))
+            return node._replace(leaves=tuple(map(rename, node.leaves)))
         return node
 
     args = {key: rename(node) for key, node in call.args.items()}

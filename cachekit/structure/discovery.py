@@ -27,11 +27,12 @@ from cachekit.errors import CacheError, StructureError
 from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
-from cachekit.structure.alike import Account, Accounts
+from cachekit.structure.alike import Account, Accounts, own_tensors
 from cachekit.structure.layout import Layout
 from cachekit.structure.numbering import Numbering, version_of
 from cachekit.structure.record import Leaf, Record
 from cachekit.structure.recorder import Recorder
+
 
 class Discovery:
     """What one forward of a model has shown.
@@ -210,7 +211,7 @@ class Twin:
             if account is None:
                 return run(*args, **kwargs)
             passed(account, path)
-            return numbering.told(account, (*block.parameters(), *block.buffers()), args, kwargs)
+            return numbering.told(account, own_tensors(block), args, kwargs)
 
         return tell
 

@@ -22,6 +22,9 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 """Types of values that nobody can change, and that are compared by value."""
 
+NOTED = {"_is_torch_compile"}
+"""What torch notes on a module that somebody compiles: the module does the same as before."""
+
 HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
 
 
@@ -48,12 +51,14 @@ class Forming:
     """Forms of the values of one walk.
 
     Attributes:
-        dicts, lists: the containers that were walked through. While they hold the very same values the form is the same.
+        dicts, lists: the containers that were walked through. While they hold the very same values, so is the form.
+        classes: of the modules and objects that were walked through.
     """
 
     def __init__(self) -> None:
         self.dicts: list[dict[Any, Any]] = []
         self.lists: list[Any] = []
+        self.classes: dict[type, None] = {}
         self._seen: dict[int, int] = {}
         self._storages: dict[int, int] = {}
         self._kept: list[Any] = []  # what was made on the way, so that an id stays one object's
@@ -105,10 +110,13 @@ class Forming:
 
     def _attributes(self, holder: Any) -> Any:
         attributes = vars(holder)
+        self.classes.setdefault(type(holder))
         self.dicts.append(attributes)
         found = []
         for name, value in attributes.items():
             kind = type(value)
+            if name in NOTED:
+                continue
             if kind in PLAIN:
                 found.append((name, kind, value))
             elif isinstance(value, dict) and not value:  # most of what a module has: no hooks

@@ -42,9 +42,8 @@ class Leaf(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """A container among the arguments: the same object as another argument where the tokens are equal."""
+    """A container among the arguments."""
 
-    token: int
     treespec: Any
     leaves: tuple[Any, ...]  # Leaf or Const
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.running.frames import REPLAY, framed
-from cachekit.structure.alike import Account, Accounts, Result, Watched, plain_part, renamed
+from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed
 from cachekit.structure.layout import NOTHING
 from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
 from cachekit.structure.parts import Watch, kind_of
@@ -53,8 +53,6 @@ class Recorder(Onlooker):
         self._results: set[int] = set()
         self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: dict[int, frozenset[int]] = {}  # storage -> labels of what was written into it
-        self._containers: list[Any] = []  # kept alive, so that an id stays one object's
-        self._container_tokens: dict[int, int] = {}
         self._count = 0
         self._seen: dict[str, int] = {}
         for n, tensors in enumerate(inputs):
@@ -155,7 +153,7 @@ class Recorder(Onlooker):
         sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
         account = self.accounts.find(site._block, sight) if self.accounts is not None else None
         if account is not None:
-            out = self._told(account, site._path, args, kwargs)
+            out = self._told(account, site._block, site._path, args, kwargs)
         else:
             out = self._looked_at(site, sight, args, kwargs)
         attributes = {name: value for name, value in vars(block).items() if held.get(name) is not value}
@@ -232,6 +230,7 @@ class Recorder(Onlooker):
         if made is not None and all(map(plain_part, parts)) and self._as_the_block(site, args, kwargs):
             ends = [("argument", *pair) for pair in enumerate(tensors)]
             ends += [("result", *pair) for pair in enumerate(leaves) if isinstance(pair[1], Tensor)]
+            ends += [("own", *pair) for pair in enumerate(own_tensors(site._block)) if pair[1] in self._tokens]
             account = Account(
                 path=site._path,
                 sight=sight,
@@ -252,7 +251,7 @@ class Recorder(Onlooker):
         """Whether what runs in the place of a block, with sites inside, runs the operators of the block."""
         if site._run is site._block:
             return True
-        numbering = Numbering([*_tensors(args, kwargs), *site._block.parameters(), *site._block.buffers()])
+        numbering = Numbering([*_tensors(args, kwargs), *own_tensors(site._block)])
         found = []
         self._silent = True
         try:
@@ -264,7 +263,7 @@ class Recorder(Onlooker):
             self._silent = False
         return found[0] == found[1]
 
-    def _told(self, account: Account, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _told(self, account: Account, block: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a block returns that does what another one did; it is written down as if it had been looked at."""
         index, tensors = len(self.calls), _tensors(args, kwargs)
         self._silent = True
@@ -278,13 +277,15 @@ class Recorder(Onlooker):
                 self._labels[leaf] = frozenset().union(*(self.labels(tensors[place]) for place in result.reached))
                 if result.added:
                     self._lineage[leaf] = frozenset((index, key) for key in result.added)
-        ends = {"argument": tensors, "result": leaves}
+        ends = {"argument": tensors, "result": leaves, "own": own_tensors(block)}
         tokens = {old: self.token(ends[what][place]) for old, (what, place) in account.tokens.items()}
         storages = {old: self._memory(ends[what][place]) for old, (what, place) in account.storages.items()}
         for n, part in enumerate(account.parts):
             name = path + part.call.path[len(account.path) :]
             call = renamed(part.call, lambda old: self._renewed(tokens, old), lambda old: self._renewed(storages, old))
-            self._keep_part(Part(call._replace(path=name, nth=self._seen.get(name, 0)), part.kind, index, written=False))
+            self._keep_part(
+                Part(call._replace(path=name, nth=self._seen.get(name, 0)), part.kind, index, written=False)
+            )
             if n in account.overwritten:
                 self.overwritten.add(len(self.parts) - 1)
         self.flops += account.flops
@@ -365,12 +366,7 @@ class Recorder(Onlooker):
         leaves, treespec = pytree.tree_flatten(value)
         if treespec.is_leaf():
             return Const(value)
-        if id(value) not in self._container_tokens:
-            self._containers.append(value)
-            self._count += 1
-            self._container_tokens[id(value)] = self._count
-        nodes = tuple(self.node(leaf, labelled=labelled) for leaf in leaves)
-        return Tree(self._container_tokens[id(value)], treespec, nodes)
+        return Tree(treespec, tuple(self.node(leaf, labelled=labelled) for leaf in leaves))
 
 
 def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:

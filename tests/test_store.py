@@ -1,0 +1,227 @@
+"""What a model looks like is recorded once, kept while it lives, and never answered from after a change."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import dit
+import pytest
+import torch
+from torch import nn
+
+import cachekit as ck
+from cachekit.structure import discovery, store
+
+POLICIES = (
+    ck.step_mask([1, 0, 1, 0]),
+    ck.first_block_cache(0.1),
+    ck.taylorseer(2, sites="mlp", warmup=1),
+    ck.mag_cache([1.0] * 12, retention=0),
+    ck.step_mask([1, 0, 1, 0], sites="output"),
+)
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models of which a forward was recorded."""
+    seen: list[nn.Module] = []
+    right = store.discover
+
+    def discover(model, *args, **kwargs):
+        seen.append(model)
+        return right(model, *args, **kwargs)
+
+    monkeypatch.setattr(store, "discover", discover)
+    return seen
+
+
+def model_of(flow: str = "plain") -> nn.Module:
+    return dit.dit(flow)
+
+
+def test_every_policy_and_every_step_is_answered_from_one_record(records):
+    model = model_of()
+    for policy in POLICIES:
+        step = ck.cache(model, policy)
+        step.init(4, *dit.feed(0))
+        step.init([3.0, 2.0, 1.0, 0.0], *dit.feed(1))
+        step.compile(backend="eager").init(4, *dit.feed(0))
+        step.compile(backend="eager", regional=True).init(4, *dit.feed(0))
+    assert records == [model]
+
+
+def test_other_arguments_are_another_record_and_both_are_kept(records):
+    model = model_of()
+    step = ck.cache(model, POLICIES[0])
+    for batch in (1, 2, 1, 2):
+        step.init(4, *dit.feed(0, batch))
+        ck.cache(model, POLICIES[1]).init(4, *dit.feed(0, batch))
+    assert len(records) == 2
+
+
+def test_no_more_than_so_many_are_kept(records):
+    model = model_of()
+    for batch in range(1, store.LIMIT + 2):
+        ck.cache(model, POLICIES[0]).init(4, *dit.feed(0, batch))
+    ck.cache(model, POLICIES[0]).init(4, *dit.feed(0, store.LIMIT + 1))
+    assert len(records) == store.LIMIT + 1
+    ck.cache(model, POLICIES[0]).init(4, *dit.feed(0, 1))
+    assert len(records) == store.LIMIT + 2
+
+
+def test_a_model_that_had_to_be_run_is_recorded_once(records):
+    model = model_of("branching")
+    for policy in POLICIES:
+        ck.cache(model, policy).init(4, *dit.feed(0))
+    assert records == [model]
+
+
+class Processor:
+    """What a block calls that is no module."""
+
+    factor = 1.0
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+def widened(model: nn.Module) -> None:
+    """An adapter in the place of a layer, as LoRA does."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.low = base, nn.Linear(dit.WIDTH, dit.WIDTH)
+
+        def forward(self, x):
+            return self.base(x) + self.low(x)
+
+    model.blocks[1].mlp[0] = Adapted(model.blocks[1].mlp[0])
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a module inside a block": lambda model: setattr(model.blocks[1].mlp, "1", nn.GELU()),
+    "an adapter": widened,
+    "a block": lambda model: model.blocks.__setitem__(1, dit.Block("image")),
+    "a block less": lambda model: model.blocks.__delitem__(-1),
+    "an attribute deep inside": lambda model: setattr(model.blocks[2].mlp[1], "kind", "other"),
+    "an object deep inside": lambda model: setattr(model.blocks[2].mlp[1], "processor", Processor()),
+    "a hook deep inside": lambda model: model.blocks[2].mlp[0].register_forward_hook(lambda module, args, out: 2 * out),
+    "the mode": lambda model: model.train(),
+    "the dtype": lambda model: model.double(),
+    "a patched forward": lambda model: setattr(model.blocks[2], "forward", model.blocks[2].forward),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["the same step", "another step"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_recorded_again(change, kept, records):
+    model = model_of("cross")
+    step = ck.cache(model, POLICIES[0])
+    step.init(4, *dit.feed(0))
+    CHANGES[change](model)
+    feed = [tensor.double() if change == "the dtype" else tensor for tensor in dit.feed(0)]
+    step = step if kept else ck.cache(model, POLICIES[1])
+    with torch.no_grad():
+        state = step.init(4, *feed)
+        assert len(records) == 2
+        if change != "a block":  # one that returns one tensor among blocks that do
+            out, _ = step(state, *feed)
+            assert torch.equal(out, model(*feed))
+
+
+def test_what_changes_in_an_object_is_seen(records):
+    model = model_of()
+    model.blocks[1].processor = Processor()
+    ck.cache(model, POLICIES[0]).init(4, *dit.feed(0))
+    model.blocks[1].processor.factor = 2.0
+    ck.cache(model, POLICIES[0]).init(4, *dit.feed(0))
+    assert len(records) == 2
+
+
+def test_other_weights_of_the_same_kind_are_the_same_model(records):
+    model, other = model_of(), dit.dit(seed=1)
+    step = ck.cache(model, POLICIES[0])
+    step.init(4, *dit.feed(0))
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        out, _ = step(step.init(4, *dit.feed(0)), *dit.feed(0))
+        assert torch.equal(out, other(*dit.feed(0)))
+    assert len(records) == 1
+
+
+def test_a_forward_that_took_another_way_is_recorded_again(records):
+    class Shortened(dit.DiT):
+        short = False
+
+        def chain(self, calls, x, text):
+            return super().chain(calls[:-1] if Shortened.short else calls, x, text)
+
+    model = Shortened().eval()
+    step = ck.cache(model, POLICIES[0])
+    with torch.no_grad():
+        state = step.init(4, *dit.feed(0))
+        Shortened.short = True
+        with pytest.raises(ck.StructureError, match="took another way"):
+            step(state, *dit.feed(0))
+        for each in (step, ck.cache(model, POLICIES[0])):
+            out, _ = each(each.init(4, *dit.feed(0)), *dit.feed(0))
+            assert torch.equal(out, model(*dit.feed(0)))
+    assert len(records) == 2
+
+
+def with_parent(model: nn.Module) -> None:
+    model.blocks[0].__dict__["parent"] = model
+
+
+def with_closure(model: nn.Module) -> None:
+    model.blocks[0].mlp[1].__dict__["ask"] = lambda: model
+
+
+def with_hook(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, out: 2 * out if model.training else out)
+
+
+def with_method(model: nn.Module) -> None:
+    model.blocks[0].__dict__["again"] = model.forward
+
+
+HOLDS = {"nothing": lambda model: None, "parent": with_parent, "closure": with_closure, "hook": with_hook}
+HOLDS["method"] = with_method
+
+
+@pytest.mark.parametrize("flow", ["plain", "branching"])
+@pytest.mark.parametrize("holds", HOLDS)
+def test_a_model_is_not_kept_alive(holds, flow):
+    model = model_of(flow)
+    HOLDS[holds](model)
+    step = ck.cache(model, POLICIES[0])
+    state = step.init(4, *dit.feed(0))
+    explained = step.explain(4, *dit.feed(0))
+    gone = weakref.ref(model)
+    held = [weakref.ref(block) for block in model.blocks]
+    del model, step
+    gc.collect()
+    assert gone() is None and all(block() is None for block in held)
+    assert state is not None and explained is not None
+
+
+def test_a_record_that_holds_on_to_the_model_is_not_kept(records):
+    model = model_of()
+    with_closure(model)
+    for _ in range(2):
+        ck.cache(model, POLICIES[0]).init(4, *dit.feed(0))
+    assert len(records) == 2 and not store._kept[model].forwards
+
+
+def test_reaching_is_seen_through_what_objects_hold():
+    class Slotted:
+        __slots__ = ("value",)
+
+    target, slotted = nn.Linear(1, 1), Slotted()
+    slotted.value = [{"a": (lambda: target,)}]
+    assert discovery._reaches([slotted], {id(target)})
+    slotted.value = [{"a": (lambda: None,)}]
+    assert not discovery._reaches([slotted], {id(target)})
