@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from records import record, write
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.demo import runs
 from cachekit.demo.metrics import psnr
-from cachekit.demo.runs import FEWER, UNCACHED, Sampler, Setting, run
-from cachekit.demo.sample import sample
+from cachekit.demo.runs import run
+from cachekit.demo.settings import FEWER, UNCACHED, Setting
 from cachekit.diffusers import digits
 
 STEPS = 50
@@ -181,28 +180,23 @@ def quality(seeds: int, count: int, plans: int, jobs: int) -> dict[str, Any]:
         labels = torch.randint(digits.CLASSES, (count,), generator=torch.Generator().manual_seed(seed))
         return labels, run(model, Setting(UNCACHED, "", STEPS), labels, seed).samples
 
-    def tried(trial: tuple[Setting, int]) -> tuple[float, float]:
-        """PSNR and computed steps."""
+    def tried(trial: tuple[Setting, int]) -> tuple[float, float, float]:
+        """PSNR, computed steps, and work in full steps."""
         setting, seed = trial
         labels, reference = uncached(seed)
         made = run(model, setting, labels, seed)
         computed = [sum(stream) for stream in made.computed.values()]
-        return psnr(made.samples, reference).mean().item(), sum(computed) / len(computed)
-
-    def done(setting: Setting) -> float:
-        return flops(model, setting, uncached(10)[0])
+        return psnr(made.samples, reference).mean().item(), sum(computed) / len(computed), made.work
 
     keys = [(setting.label, seed) for setting, seed in trials]
     scores = dict(zip(keys, in_processes(tried, trials, jobs, "run"), strict=True))
-    whole, *multiplied = in_processes(done, [Setting(UNCACHED, "", STEPS), *settings], jobs, "count")
-    work = {setting.label: STEPS * each / whole for setting, each in zip(settings, multiplied, strict=True)}
     rows = [
         {
             "group": setting.group,
             "detail": setting.detail,
             "partial": setting.partial,
-            "computed": statistics.mean(computed for _, computed in scored),
-            "work": work[setting.label],
+            "computed": statistics.mean(computed for _, computed, _ in scored),
+            "work": statistics.mean(work for *_, work in scored),
             "psnr": statistics.mean(distances),
             "spread": statistics.stdev(distances) if seeds > 1 else None,
             "predicted": plan.error if plan else None,
@@ -211,7 +205,7 @@ def quality(seeds: int, count: int, plans: int, jobs: int) -> dict[str, Any]:
         for setting in settings
         for plan in [plans_by.get(setting.group, {}).get(setting.detail)]
         for scored in [[scores[setting.label, seed] for seed in range(10, 10 + seeds)]]
-        for distances in [[distance for distance, _ in scored]]
+        for distances in [[distance for distance, *_ in scored]]
     ]
     measured = [scores[setting.label, 10][0] for setting in masks]
     predicted = [ck.replay(trace, setting.policy).error for setting in masks if setting.policy]
@@ -298,14 +292,6 @@ def _random(generator: torch.Generator) -> set[int]:
     """Between 8 and 30 computed steps, anywhere."""
     count = int(torch.randint(8, 31, (), generator=generator))
     return {0, *(1 + torch.randperm(STEPS - 1, generator=generator)[: count - 1]).tolist()}
-
-
-def flops(model: torch.nn.Module, setting: Setting, labels: Tensor) -> int:
-    """Of the multiplications in one run: what a step costs that leaves out a part of itself, on any machine."""
-    sampler = Sampler(model, setting, labels, lambda: None)
-    with FlopCounterMode(display=False) as counter:
-        sample(sampler, labels, setting.steps, seed=10)
-    return counter.get_total_flops()
 
 
 def _chosen_at(work: float, rows: list[dict[str, Any]]) -> float | None:

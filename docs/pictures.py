@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import cachekit as ck
-from cachekit.demo.pictures import COLOURS
-from cachekit.demo.runs import FEWER, UNCACHED, record
+from cachekit.demo.pictures import COLOURS, speed
+from cachekit.demo.runs import record
 from cachekit.demo.sample import timesteps
+from cachekit.demo.scores import Row
 from cachekit.diffusers import digits
 from cachekit.drawing import INK, TRACK, plain
 from cachekit.planning import pictures as planning
@@ -34,7 +35,8 @@ HERE = Path(__file__).parent
 Facts = dict[str, Any]
 """What a picture shows, by row: a pattern, or numbers. It is written into the file, so that a test can compare."""
 STEPS, THRESHOLD = 50, 0.12
-KEPT = ("group", "detail", "forecast", "partial", "computed_steps", "speedup", "psnr", "worst")
+KEPT = ("group", "detail", "series", "forecast", "partial", "computed_steps", "work", "busy", "psnr", "worst")
+KEPT += ("speedup_by_work", "speedup_by_time")
 """Of a row of the demo."""
 SHORT = {"pyramid_attention_broadcast": "pyramid attention"}
 
@@ -173,46 +175,12 @@ def forecasts(found: Sequence[Tensor]) -> tuple[Figure, Facts]:
     return figure, _finished(axes, below, "relative error\nof the residual")
 
 
-def pareto(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
-    """PSNR against computed steps and against time, as the demo measured them."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, cost in ((left, "computed_steps"), (right, "speedup")):
-        for group, colour in COLOURS.items():
-            for forecast in (False, True):
-                points = sorted(
-                    (row[cost], row["psnr"], re.findall(r"[\d.]+", row["detail"])[0])
-                    for row in rows
-                    if row["group"] == group and row["forecast"] == forecast
-                    if row["psnr"] is not None and row[cost] is not None
-                    # Where attention alone is left out, steps are no measure of the cost.
-                    if cost == "speedup" or not row["partial"]
-                )
-                if group == UNCACHED or not points:
-                    continue
-                xs, ys, names = zip(*points, strict=True)
-                axes.plot(
-                    xs,
-                    ys,
-                    color=colour,
-                    marker="D" if forecast else "o",
-                    markersize=5,
-                    markerfacecolor="white" if forecast else colour,
-                    linestyle="-" if group == FEWER else "none",
-                    label=group + (", forecast" if forecast else ""),
-                )
-                for x, y, name in zip(xs, ys, names, strict=True):
-                    place = {"xytext": (5, -9), "textcoords": "offset points"}
-                    axes.annotate(name, (x, y), fontsize=7, color=colour, **place)
-        plain(axes)
-    left.invert_xaxis()
-    left.set_ylabel("PSNR against the uncached samples, dB", fontsize=9, color=INK)
-    left.set_xlabel("computed steps of 50 (fewer to the right)", fontsize=9, color=INK)
-    right.set_xlabel("measured speed-up of the sampling loop", fontsize=9, color=INK)
-    handles = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))
-    handles.update(zip(*reversed(left.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    return figure, {f"{row['group']} {row['detail']}": row["psnr"] or "the reference" for row in rows}
+def pareto(kept: Sequence[dict[str, Any]]) -> tuple[Figure, Facts]:
+    """PSNR against computed steps and against speed-up, as the demo measured them: its own chart."""
+    nothing = dict.fromkeys(Row._fields)
+    # Infinite in the demo, which JSON cannot say.
+    rows = [Row(**{**nothing, **row, "psnr": math.inf if row["psnr"] is None else row["psnr"]}) for row in kept]
+    return speed(rows), {row.label: row.psnr if math.isfinite(row.psnr) else "the reference" for row in rows}
 
 
 def tuning(trace: ck.Trace) -> dict[str, tuple[Figure, Facts]]:

@@ -1,7 +1,8 @@
-"""The demo: its metrics, its comparison with fewer steps, and a short run from end to end."""
+"""The demo: its metrics, and a short run from end to end."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -20,10 +21,12 @@ import cachekit as ck
 from cachekit.demo import pictures
 from cachekit.demo.__main__ import arguments, main
 from cachekit.demo.metrics import psnr, ssim
-from cachekit.demo.report import cells
-from cachekit.demo.runs import FEWER, STREAMS, UNCACHED, Row, Setting, Trial, choose, counts_of, score, settings
+from cachekit.demo.report import legend
+from cachekit.demo.runs import STREAMS, choose
 from cachekit.demo.sample import timesteps
-from cachekit.demo.verdict import gain, headline
+from cachekit.demo.scores import Row, timed
+from cachekit.demo.settings import CHOSEN, FEWER, PLANNED, counts_of, settings
+from cachekit.demo.verdict import measure
 from cachekit.diffusers import digits
 
 seeds = st.integers(0, 2**32 - 1)
@@ -32,31 +35,6 @@ seeds = st.integers(0, 2**32 - 1)
 def images(seed: int, count: int = 3) -> Tensor:
     """[count, 1, 1, 16, 16] in [-1, 1]."""
     return torch.rand(count, 1, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def row(group: str, steps: float, psnr: float, seconds: float | None = None) -> Row:
-    """A row of which only what is compared matters."""
-    return Row(
-        group=group,
-        detail=f"{steps:g}",
-        policy="",
-        forecast=False,
-        partial=False,
-        steps=50,
-        computed={},
-        computed_steps=steps,
-        seconds=steps if seconds is None else seconds,
-        pace=1.0,
-        busy=False,
-        speedup=1.0,
-        psnr=psnr,
-        worst=psnr,
-        ssim=1.0,
-        recognised=1.0,
-    )
-
-
-PLAIN = [row(UNCACHED, 50, math.inf), row(FEWER, 40, 50.0), row(FEWER, 20, 40.0), row(FEWER, 10, 30.0)]
 
 
 # Metrics -----------------------------------------------------------------------------------------------------
@@ -125,88 +103,6 @@ def test_ssim_agrees_with_a_loop_over_windows(seed):
     assert ssim(x, y) == pytest.approx(float(sum(values) / len(values)))
 
 
-# Against fewer steps -----------------------------------------------------------------------------------------
-
-
-@given(steps=st.floats(10, 40), distance=st.floats(20, 60))
-def test_gain_is_over_the_line_between_the_two_nearest_runs(steps, distance):
-    cached = row("step_mask", steps, distance)
-    expected = 30 + 10 * math.log2(steps / 10)  # PLAIN gains 10 dB with every doubling
-    assert gain(cached, [*PLAIN, cached]).at_equal_steps == pytest.approx(distance - expected)
-
-
-def test_gain_by_steps_and_by_time_are_two_things():
-    cached = row("first_block_cache", 20, 45.0, seconds=40.0)
-    assert gain(cached, [*PLAIN, cached]) == pytest.approx((5.0, -5.0))
-
-
-@pytest.mark.parametrize(
-    ("steps", "distance", "expected"),
-    [
-        (45, 49.0, -1.0),  # costs more than 40 plain steps and is worse
-        (45, 51.0, None),  # costs more and is better: 45 plain steps are not known
-        (5, 31.0, 1.0),  # costs less than 10 plain steps and is better
-        (5, 29.0, None),
-        (20, math.inf, None),  # identical to the reference
-    ],
-)
-def test_beyond_the_ends_only_what_is_certain_is_claimed(steps, distance, expected):
-    cached = row("mag_cache", steps, distance)
-    assert gain(cached, [*PLAIN, cached]).at_equal_steps == expected
-
-
-def test_the_seconds_of_a_busy_machine_count_for_nothing():
-    cached = row("mag_cache", 20, 45.0)
-    assert gain(cached._replace(busy=True), PLAIN) == (5.0, None)
-    plain = [entry._replace(busy=entry.steps == 50 and entry.computed_steps == 20) for entry in PLAIN]
-    assert gain(cached, plain) == pytest.approx((5.0, 5.0))  # between the runs of 10 and 40 steps
-    assert "fewer steps 20" in headline([*plain, cached])[-1]
-    everywhere = headline([entry._replace(busy=True) for entry in [*PLAIN, cached]])
-    assert not any("At equal wall time" in sentence for sentence in everywhere)
-
-
-def test_a_pace_of_its_own_is_taken_for_a_busy_machine():
-    setting, labels = Setting(UNCACHED, "", 1), torch.arange(3)
-    trials = [Trial(setting, images(0), {"cond": (True,)}, 1.0, pace) for pace in (1.0, 1.1, 0.9, 1.0, 1.3, 0.7)]
-    rows = score(trials, labels)
-    assert [entry.busy for entry in rows] == [False] * 4 + [True] * 2
-    assert [entry.speedup for entry in rows] == [1.0] * 4 + [None] * 2
-    assert cells(rows[-1], rows)[2] == ""
-
-
-def test_no_speedup_over_an_uncached_run_on_a_busy_machine():
-    setting, labels = Setting(UNCACHED, "", 1), torch.arange(3)
-    trials = [Trial(setting, images(0), {"cond": (True,)}, 1.0, pace) for pace in (1.3, 1.0, 1.0)]
-    assert [entry.speedup for entry in score(trials, labels)] == [None] * 3
-
-
-def test_steps_that_run_in_part_are_held_against_time_alone():
-    cached = row("taylorseer", 20, 45.0)._replace(partial=True)
-    assert gain(cached, PLAIN) == (None, 5.0)
-    assert cells(cached._replace(computed={"cond": (True, False)}), PLAIN)[0] == "1*"
-
-
-def test_runs_without_a_cache_gain_nothing():
-    assert all(gain(entry, PLAIN) == (None, None) for entry in PLAIN)
-
-
-def test_headline_names_the_best_and_every_loser():
-    rows = [*PLAIN, row("step_mask", 20, 44.0), row("mag_cache", 20, 38.5), row("first_block_cache", 20, 41.0, 40.0)]
-    best, steps, seconds = headline(rows)
-    assert "step_mask 20" in best and "44.0 dB" in best and "40.0 dB" in best
-    assert "2 of 3" in steps and steps.endswith("; these do not: mag_cache 20 (-1.5 dB).")
-    assert "1 of 3" in seconds and "first_block_cache 20 (-9.0 dB), mag_cache 20 (-1.5 dB)" in seconds
-
-
-def test_headline_admits_that_no_cache_wins():
-    best, *_ = headline([*PLAIN, row("mag_cache", 20, 38.5)])
-    assert best.startswith("Here no cache beats")
-
-
-def test_headline_without_anything_to_compare():
-    assert len(headline([*PLAIN, row("mag_cache", 45, 60.0)])) == 1
-
-
 # Pictures ----------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +121,15 @@ def test_pictures_show_ink_dark_and_differences_red(tmp_path):
 
 
 # A short run -------------------------------------------------------------------------------------------------
+
+
+def made_of(entry: dict[str, Any]) -> Row:
+    """The row of an entry of results.json."""
+    entry = {
+        name: math.inf if entry[name] is None and name != "speedup_by_time" else entry[name] for name in Row._fields
+    }
+    computed = {stream: tuple(each) for stream, each in entry["computed"].items()}
+    return Row(**{**entry, "computed": computed})
 
 
 class Output:
@@ -263,7 +168,8 @@ def test_rows_are_what_was_planned(output):
     chosen = choose(digits.load(), trace, counts_of(20, short=True), output.results["seed"] + 1)
     planned = settings(20, trace, chosen, short=True)
     assert [entry["label"] for entry in output.rows] == [setting.label for setting in planned]
-    assert {entry["group"] for entry in output.rows} == set(pictures.COLOURS)
+    groups = {entry["group"] for entry in output.rows}
+    assert groups | {CHOSEN} == set(pictures.COLOURS)  # what is chosen may be what is planned
     for entry, setting in zip(output.rows, planned, strict=True):
         assert set(entry["computed"]) == set(STREAMS)
         for computed in entry["computed"].values():
@@ -281,17 +187,51 @@ def test_rows_are_what_was_planned(output):
 def test_scores_are_consistent(output):
     uncached, *others = output.rows
     assert (uncached["psnr"], uncached["ssim"]) == (None, pytest.approx(1.0))
-    assert uncached["speedup"] in (1.0, None)
+    assert uncached["speedup_by_time"] in (1.0, None)
+    assert (uncached["work"], uncached["speedup_by_work"]) == (20.0, 1.0)
     for entry in others:
         assert entry["seconds"] > 0
-        if entry["speedup"] is not None:  # unknown where the machine was busy
-            assert entry["speedup"] == pytest.approx(uncached["seconds"] / entry["seconds"])
+        if entry["speedup_by_time"] is not None:  # unknown where the machine was busy
+            assert entry["speedup_by_time"] == pytest.approx(uncached["seconds"] / entry["seconds"])
+        assert entry["speedup_by_work"] == 20 / entry["work"]
+        assert entry["computed_steps"] <= entry["work"] < 20
+        if entry["group"] in (FEWER, PLANNED, CHOSEN):
+            assert entry["work"] == entry["computed_steps"]  # nothing runs in between
         # A trained model and sane settings: all look alike, none is a copy.
         assert 15 < entry["worst"] < entry["psnr"] < 100
         assert 0.9 < entry["ssim"] < 1
         assert entry["recognised"] >= 0.8
     fewer = [entry["psnr"] for entry in others if entry["group"] == FEWER]
     assert fewer == sorted(fewer, reverse=True)
+
+
+def test_no_two_rows_are_the_same_plan(output):
+    plans = [str(entry["computed"]) for entry in output.rows if entry["group"] in (PLANNED, CHOSEN)]
+    assert len(set(plans)) == len(plans)
+
+
+def test_a_chosen_plan_that_is_the_planned_one_is_left_out(output):
+    trace = ck.Trace.load(output.folder / "digits.trace.safetensors")
+    frontier, counts = ck.frontier(trace), counts_of(20, short=True)
+
+    def groups(chosen: dict[int, ck.Plan]) -> list[str]:
+        return [setting.detail for setting in settings(20, trace, chosen, short=True) if setting.group == CHOSEN]
+
+    same = {count: frontier[count - 1] for count in counts}
+    other = ck.Plan(tuple(step < 8 for step in range(20)), forecaster=same[8].forecaster)
+    held = ck.Plan(same[4].computed, forecaster="hold")
+    assert groups(same) == []
+    assert groups({count: dataclasses.replace(plan, error=0.5) for count, plan in same.items()}) == []
+    assert groups({**same, 8: other}) == ["8 + newton 1 repaid, output"]
+    assert groups({**same, 4: held}) == ["4 + hold, output"]
+
+
+def test_the_report_says_which_speedups_it_shows(output):
+    rows = [made_of(entry) for entry in output.rows]
+    assert output.results["speedups"] == ("time" if timed(rows) else "work")
+    assert measure(rows) in output.report and measure(rows) in output.printed
+    for said in legend(rows):
+        assert said in output.report and said in output.printed
 
 
 def test_results_say_how_they_came_about(output):

@@ -323,6 +323,18 @@ def test_the_pictures_are_those_that_the_code_of_today_draws(drawn):
             assert shown[row] == same, f"{name}: {row}; run `make docs`"
 
 
+def test_tables_of_the_demo_are_what_the_demo_measured():
+    """The rows `| computed | name | so many dB |`; the picture beside them is drawn from the same file."""
+    kept = json.loads((pages.ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))["rows"]
+    measured = {(row["computed_steps"], f"{row['psnr']:.1f}") for row in kept if row["psnr"] is not None}
+    for page, least in (("README.md", 7), ("docs/choosing.md", 15)):
+        rows = re.findall(
+            r"^\| ([\d.]+) \| .+ \| ([\d.]+) dB \|$", PAGES[page].read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert len(rows) >= least, page
+        assert {(float(computed), psnr) for computed, psnr in rows} <= measured, page
+
+
 # README ------------------------------------------------------------------------------------------------------------
 
 

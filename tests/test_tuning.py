@@ -392,11 +392,10 @@ def test_pictures_show_what_they_are_given(recorded):
     assert shown.shape == (10, 10) and shown.max() == pytest.approx(1.0)
     plans = ck.frontier(trace)
     replays = {"first_block_cache": [ck.replay(trace, ck.first_block_cache(at)) for at in (0.2, 0.3)]}
-    drawn = pictures.front(plans, replays, {"planned": [(4, 30.0), (2, 20.0)]})
+    drawn = pictures.front(plans, replays)
     line, points = drawn.axes[0].get_lines()
     assert list(line.get_ydata()) == [plan.error for plan in plans if plan.error]
     assert sorted(points.get_xdata()) == sorted(each.computed_steps for each in replays["first_block_cache"])
-    assert list(drawn.axes[1].get_lines()[0].get_ydata()) == [20.0, 30.0]
     errors = pictures.errors(trace, {"planned": ck.planned(plans[3])})
     values = list(errors.axes[0].get_lines()[0].get_ydata())
     assert [step for step, value in enumerate(values) if value != value] == list(plans[3].steps)

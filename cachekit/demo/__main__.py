@@ -19,10 +19,13 @@ from tqdm import tqdm
 
 import cachekit as ck
 from cachekit.demo import pictures, report
-from cachekit.demo.runs import UNCACHED, Row, Setting, Trial, choose, counts_of, record, run, score, settings
+from cachekit.demo.runs import Trial, choose, record, run
 from cachekit.demo.sample import GUIDANCE
-from cachekit.demo.verdict import gain, headline
+from cachekit.demo.scores import Row, score, timed
+from cachekit.demo.settings import UNCACHED, Setting, counts_of, settings
+from cachekit.demo.verdict import gain, headline, measure
 from cachekit.diffusers import digits
+from cachekit.drawing import png
 
 PACKAGES = ("torch", "diffusers", "scikit-learn", "matplotlib")
 
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
     labels = torch.arange(digits.CLASSES).repeat(args.digits_per_class)
     model = digits.load(args.weights)
 
-    trace, trials = measure(model, labels, args)
+    trace, trials = trials_of(model, labels, args)
     trace.save(args.out / "digits.trace.safetensors")
     rows = score(trials, labels)
     sentences = headline(rows)
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
         "Timing": f"the sampling loop alone, after a warm-up, {args.threads} threads, all runs in one process",
         "Noise of the timing": f"a computed forward of the {len(labels)} digits took {paces}",
         "mag_cache, planned": "from one uncached run of 20 digits in other noise: digits.trace.safetensors",
-        "chosen": "by runs of those digits: the best of three plans and two even intervals",
+        "chosen": "by runs of those digits: the best of three plans and two even intervals, where that is not planned",
         "Machine": system,
         "Versions": ", ".join([f"cachekit {ck.__version__}", *(f"{name} {version(name)}" for name in PACKAGES)]),
     }
@@ -64,10 +67,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m cachekit.demo
     if args.json:
         print(written)
         return
-    print(report.table(rows))
-    print("\n* The other steps leave out attention, or attention and feed-forward networks, and run the rest.")
-    print("Last two columns: dB of PSNR over fewer Euler steps with as many computed steps, and in as much time.\n")
-    print("\n".join(sentences))
+    print("\n".join([report.table(rows), *report.legend(rows), "", measure(rows), "", *sentences]))
     print(f"\nWrote {args.out / 'report.html'} after {time.perf_counter() - started:.0f} s.")
 
 
@@ -99,7 +99,7 @@ def arguments(argv: Sequence[str] | None, prog: str = "python -m cachekit.demo")
     return args
 
 
-def measure(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.Trace, list[Trial]]:
+def trials_of(model: torch.nn.Module, labels: torch.Tensor, args: argparse.Namespace) -> tuple[ck.Trace, list[Trial]]:
     """The recording, and one trial of every setting."""
     with tqdm(unit="step", total=args.steps, mininterval=0.2, dynamic_ncols=True) as progress:
         progress.set_description("recording")
@@ -130,23 +130,21 @@ def write(
 ) -> str:
     """Write report.html, its pictures as files, and results.json; what that holds."""
     reference = trials[0].samples
-    policies: dict[str, list[ck.Policy]] = {}
-    for trial in trials:
-        if trial.setting.policy is not None:
-            policies.setdefault(trial.setting.group, []).append(trial.setting.policy)
-    images = {
+    policies = {trial.setting.label: trial.setting.policy for trial in trials if trial.setting.policy is not None}
+    charts = {
         "pattern": pictures.pattern(rows),
         "speed": pictures.speed(rows),
         "front": pictures.front(rows, trace, policies),
     }
+    images = {name: png(chart) for name, chart in charts.items()}
     for n, trial in enumerate(trials):
         images[f"samples/{n:02d}"] = pictures.samples(trial.samples, digits.CLASSES)
         images[f"differences/{n:02d}"] = pictures.differences(trial.samples, reference, digits.CLASSES)
-    for name, png in images.items():
+    for name, image in images.items():
         path = out / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(png)
-    page = report.html(rows, sentences, facts, images, len(reference))
+        path.write_bytes(image)
+    page = report.html(rows, sentences, measure(rows), facts, images, len(reference))
     (out / "report.html").write_text(page, encoding="utf-8")
 
     made: dict[str, Any] = {
@@ -164,6 +162,7 @@ def write(
             **{name: version(name) for name in PACKAGES},
         },
         "verdict": list(sentences),
+        "speedups": "time" if timed(rows) else "work",
         "rows": [
             {
                 "label": row.label,

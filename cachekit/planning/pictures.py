@@ -37,48 +37,28 @@ def similarity(trace: Trace, site: str = "output") -> Figure:
     return figure
 
 
-def front(
-    plans: Sequence[Plan],
-    replays: Mapping[str, Sequence[Replay]],
-    measured: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> Figure:
+def front(plans: Sequence[Plan], replays: Mapping[str, Sequence[Replay]]) -> Figure:
     """Predicted error against computed steps: plans as a line, methods as points.
 
     Args:
         plans: best ones, from `frontier`.
-        replays: method -> what its settings would have done.
-        measured: name of a plan or method -> (computed steps, dB) of real runs, drawn beside it.
+        replays: method -> what its settings would have done. A thin line joins them, so they should differ by a number
+            alone: settings with other forecasters are other methods here.
     """
-    figure = Figure(figsize=(10 if measured else 6.4, 4.4), layout="constrained")
-    left, *right = list(figure.subplots(1, 2 if measured else 1, squeeze=False)[0])
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
     drawn = [(len(plan.steps), plan.error) for plan in plans if plan.error]
-    left.plot(*zip(*drawn, strict=True), color=BEST, linewidth=1.6, label=PLANNED, zorder=3)
+    axes.plot(*zip(*drawn, strict=True), color=BEST, linewidth=1.6, label=PLANNED, zorder=3)
     for (name, each), colour in zip(replays.items(), _colours(len(replays)), strict=True):
         points = sorted((one.computed_steps, one.error) for one in each if one.error)
         if points:
-            left.plot(*zip(*points, strict=True), "o:", color=colour, markersize=4, linewidth=1, label=name)
-    left.set_yscale("log")
-    left.invert_xaxis()
-    left.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
-    left.set_ylabel("predicted error, of the whole way", fontsize=9, color=INK)
-    plain(left)
-    for axes in right:
-        names = list(replays)
-        for name, points in (measured or {}).items():
-            colour = _colours(len(names))[names.index(name)] if name in names else BEST
-            best = name == PLANNED
-            style = {"linewidth": 1.6 if best else 1, "markersize": 5 if best else 4}
-            axes.plot(*zip(*sorted(points), strict=True), "o-" if best else "o:", color=colour, label=name, **style)
-        axes.invert_xaxis()
-        axes.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
-        axes.set_ylabel("measured PSNR, dB", fontsize=9, color=INK)
-        plain(axes)
-    handles = {
-        label: handle
-        for axes in (left, *right)
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+            axes.plot(*zip(*points, strict=True), "o:", color=colour, markersize=4, linewidth=1, label=name)
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set_xlabel("computed steps (fewer to the right)", fontsize=9, color=INK)
+    axes.set_ylabel("predicted error, of the whole way", fontsize=9, color=INK)
+    plain(axes)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
