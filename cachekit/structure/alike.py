@@ -1,6 +1,6 @@
 """Blocks that are proven to do the same need not each be looked at.
 
-A block does what another did where all that its code can see is the same: class, attributes and modules (their *form*),
+A block does what another did where all that its code can see is the same: class, attributes and modules (its *form*),
 the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what a
 recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
 tensors and what it made, wrote to none of the former, and left nothing behind. An account is told again of every block
@@ -118,7 +118,7 @@ class Accounts:
         return None
 
     def keep(self, block: nn.Module, account: Account) -> None:
-        """This is what a call of this block did."""
+        """Of what a call of this block did."""
         self._of.setdefault(type(block), []).append(account)
 
     @contextmanager
@@ -251,15 +251,15 @@ class Outside:
     def watching(self) -> Iterator[dict[Any, list[Any]]]:
         """Note the code that runs meanwhile, and the values of what it names, before it runs for the first time."""
         self._first = {}
-        if sys.getprofile() is not None:  # a profiler's place is not to be taken, so nothing is known
+        if sys.gettrace() is not None:  # the place of a debugger is not to be taken, so nothing is known
             self.steady = False
             yield self._first
             return
-        sys.setprofile(self._called)
+        sys.settrace(self._called)
         try:
             yield self._first
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
 
     def _called(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event != "call" or frame.f_code in self._codes:
