@@ -17,7 +17,7 @@ from piping import piped
 from typer.testing import CliRunner
 
 import cachekit as ck
-from cachekit.cli import options
+from cachekit.cli import models, options
 from cachekit.cli.app import app
 from cachekit.diffusers import inputs, zoo
 
@@ -212,7 +212,7 @@ def test_a_class_takes_the_inputs_that_are_known_of_it(name, tmp_path):
 
 
 def test_inputs_are_where_and_what_they_should_be():
-    [subject] = options.subjects("FluxTransformer2DModel", None, False, (2, 1, 128, 64), "float16", "meta")
+    [subject] = models.subjects("FluxTransformer2DModel", None, False, (2, 1, 128, 64), "float16", "meta")
     given = subject.inputs(3)
     assert {key: tuple(value.shape) for key, value in given.items()} == {
         "hidden_states": (2, 8 * 4, 64),
