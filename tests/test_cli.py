@@ -304,9 +304,18 @@ def test_every_command_has_help_with_an_example(command):
     assert f"cachekit {command} " in said and "--json" in said
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch):
-    code = "import sys; sys.modules['typer'] = None; from cachekit.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("typer", []),
+        ("diffusers", ["explain", "Flux", "--tiny"]),
+        ("diffusers", ["record", "digits", "--out", "never"]),
+        ("diffusers", ["coverage", "Prior"]),
+    ],
+)
+def test_without_the_extra_it_says_what_to_install(missing, arguments):
+    code = f"import sys; sys.modules[{missing!r}] = None; from cachekit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install 'cachekit[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
