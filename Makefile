@@ -34,7 +34,8 @@ lint: setup            ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: setup           ## what a cached step costs, and what plans give, on this machine; writes bench/results/
+bench: setup           ## what it costs to begin, what a cached step costs, what plans give; writes bench/results/
+	$(BIN)/python bench/start.py
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/planning.py
 

@@ -17,7 +17,7 @@ from piping import piped
 from typer.testing import CliRunner
 
 import cachekit as ck
-from cachekit.cli import options
+from cachekit.cli import models, options
 from cachekit.cli.app import app
 from cachekit.diffusers import inputs, zoo
 
@@ -212,7 +212,7 @@ def test_a_class_takes_the_inputs_that_are_known_of_it(name, tmp_path):
 
 
 def test_inputs_are_where_and_what_they_should_be():
-    [subject] = options.subjects("FluxTransformer2DModel", None, False, (2, 1, 128, 64), "float16", "meta")
+    [subject] = models.subjects("FluxTransformer2DModel", None, False, (2, 1, 128, 64), "float16", "meta")
     given = subject.inputs(3)
     assert {key: tuple(value.shape) for key, value in given.items()} == {
         "hidden_states": (2, 8 * 4, 64),
@@ -304,9 +304,18 @@ def test_every_command_has_help_with_an_example(command):
     assert f"cachekit {command} " in said and "--json" in said
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch):
-    code = "import sys; sys.modules['typer'] = None; from cachekit.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("typer", []),
+        ("diffusers", ["explain", "Flux", "--tiny"]),
+        ("diffusers", ["record", "digits", "--out", "never"]),
+        ("diffusers", ["coverage", "Prior"]),
+    ],
+)
+def test_without_the_extra_it_says_what_to_install(missing, arguments):
+    code = f"import sys; sys.modules[{missing!r}] = None; from cachekit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install 'cachekit[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 

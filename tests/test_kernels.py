@@ -5,9 +5,12 @@ import math
 import cachekit_kernels as kernels
 import pytest
 import torch
-from cachekit_kernels import _operator, _polynomial, _residual, reference
+from cachekit_kernels import _polynomial, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from cachekit_kernels._triton import _operator, _residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [

@@ -76,10 +76,10 @@ def test_a_kernel_compiles_for_a_gpu_into_wide_loads_without_spills(name, tmp_pa
         import importlib, json, triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from cachekit_kernels._residual import WARPS
+        from cachekit_kernels._triton._residual import WARPS
 
         module, _, function = {name!r}.partition(".")
-        kernel = getattr(importlib.import_module("cachekit_kernels." + module), function)
+        kernel = getattr(importlib.import_module("cachekit_kernels._triton." + module), function)
         constants = {KERNELS[name]!r}
         single = ("partial_ptr", "spacing_ptr", "offset_ptr", "weights_ptr", "low_ptr", "high_ptr")
         names, sizes = kernel.arg_names, ("size", "other_size", "width")
@@ -113,7 +113,7 @@ def test_an_offset_into_a_tensor_has_64_bits(name, tmp_path):
         from triton.compiler import ASTSource
 
         module, _, function = {name!r}.partition(".")
-        kernel = getattr(importlib.import_module("cachekit_kernels." + module), function)
+        kernel = getattr(importlib.import_module("cachekit_kernels._triton." + module), function)
         constants, names = {KERNELS[name]!r}, kernel.arg_names
         kinds = {{name: "*fp32" if name.endswith("_ptr") else "i64" if "size" in name else "i32" for name in names}}
         kinds |= {{name: "constexpr" for name in constants}}

@@ -9,8 +9,10 @@ def main() -> None:
     """Run the command line. It needs the extra `cli`."""
     try:
         from cachekit.cli.app import app
+
+        app()  # a command loads diffusers, and more, when it runs
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich", "tqdm", "diffusers"):
+        library = (error.name or "").partition(".")[0]
+        if library not in ("typer", "rich", "tqdm", "diffusers"):
             raise
-        sys.exit(f"The command line needs {error.name}: pip install 'cachekit[cli]'")
-    app()
+        sys.exit(f"The command line needs {library}: pip install 'cachekit[cli]'")

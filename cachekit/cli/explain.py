@@ -37,12 +37,14 @@ def explain(
     json_: options.Json = False,
 ) -> None:
     """What a method would do to a model: sites, bytes of state, plan. Nothing is computed, no weights are loaded."""
+    from cachekit.cli.models import subjects
+
     with options.refusals(), torch.no_grad():
         chosen = options.policies(method, settings, ratios)
         size = (batch, frames, height, width)
-        subjects = options.subjects(model, config, tiny, size, dtype, "meta")
+        models = subjects(model, config, tiny, size, dtype, "meta")
         times, record = options.timesteps(steps), []
-        pairs = [(subject, name) for subject in subjects for name in chosen]
+        pairs = [(subject, name) for subject in models for name in chosen]
         with tqdm(pairs, unit="method", dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()) as bar:
             for subject, name in bar:
                 bar.set_description(f"{name:<28}")

@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import cachekit as ck
-from cachekit.cli import options, sources
+from cachekit.cli import options
 
 RECORD = """\b
 Examples:
@@ -41,6 +41,24 @@ Examples:
   cachekit choose digits.trace.safetensors digits --computed 9 --refine 20
 """
 
+Sampled = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder that diffusers has saved a pipeline in, the id of one on the hub, or `digits`, the small model "
+        "that comes with cachekit.",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None, typer.Option("--prompt", help="What to sample; can be given more than once. Digits: 0 to 9.")
+]
+Call = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Argument of the pipeline's call: --set guidance_scale=3.5"),
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")]
 Recording = Annotated[Path, typer.Argument(metavar="TRACE", exists=True, dir_okay=False, help="What `record` wrote.")]
 Forecaster = Annotated[
     str, typer.Option(help='What stands in between: "hold", "newton K", "newton K repaid", "taylor K", "two-point W".')
@@ -59,25 +77,27 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 
 
 def record(
-    model: sources.Sampled,
+    model: Sampled,
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write, e.g. flux.trace.safetensors.")],
     steps: options.Steps = 50,
-    prompt: sources.Prompts = None,
-    given: sources.Call = None,
-    seed: sources.Seed = 1,
+    prompt: Prompts = None,
+    given: Call = None,
+    seed: Seed = 1,
     site: Annotated[list[str] | None, typer.Option(help='"output", "chain" or "probe"; all if not.')] = None,
     sketch: Annotated[int | None, typer.Option(min=1, help="How many numbers of a value to keep.")] = None,
-    device: sources.Device = None,
-    dtype: sources.Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
     picture: Picture = None,
     json_: options.Json = False,
 ) -> None:
     """Sample once without a cache, and write down all that replays and plans need: a file of some ten kilobytes."""
+    from cachekit.cli.sources import source
+
     options.writable("--out", out)
     options.writable("--picture", picture)
     with options.refusals(), _progress("record", steps) as tick:
         policy = ck.recording(site or ("output", "chain", "probe"), sketch=sketch)
-        trace = sources.source(model, prompt, steps, seed, given, device, dtype, tick).record(policy)
+        trace = source(model, prompt, steps, seed, given, device, dtype, tick).record(policy)
         trace.save(out)
         if picture is not None:
             _draw(picture, lambda pictures: pictures.similarity(trace, trace.sites[0]))
@@ -194,7 +214,7 @@ def plan(
 
 def choose(
     trace: Recording,
-    model: sources.Sampled,
+    model: Sampled,
     at_least: Annotated[
         str | None, typer.Option(help='PSNR against the uncached samples to keep, e.g. "40 dB".')
     ] = None,
@@ -203,24 +223,26 @@ def choose(
         int, typer.Option(min=0, help="More runs, each with one step of the best plan so far moved.")
     ] = 0,
     peak: Annotated[float | None, typer.Option(help="Range of the data; that of the samples if not.")] = None,
-    prompt: sources.Prompts = None,
-    given: sources.Call = None,
-    seed: sources.Seed = 2,
+    prompt: Prompts = None,
+    given: Call = None,
+    seed: Seed = 2,
     forecaster: Forecaster = "newton 1 repaid",
     site: Site = "output",
     max_gap: Gap = None,
-    device: sources.Device = None,
-    dtype: sources.Dtype = "bfloat16",
+    device: Device = None,
+    dtype: Dtype = "bfloat16",
     out: PlanOut = None,
     json_: options.Json = False,
 ) -> None:
     """The plan with the fewest computed steps that keeps a quality, or the best of so many, by a few real runs."""
+    from cachekit.cli.sources import source
+
     options.writable("--out", out)
     with options.refusals():
         recorded = ck.Trace.load(trace)
         runs = 1 + 5 * (1 if computed else len(recorded).bit_length()) + refine  # at most
         with _progress("choose", runs * len(recorded)) as tick:
-            subject = sources.source(model, prompt, len(recorded), seed, given, device, dtype, tick)
+            subject = source(model, prompt, len(recorded), seed, given, device, dtype, tick)
             choice = ck.choose(
                 recorded,
                 subject.run,

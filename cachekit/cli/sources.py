@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import typer
@@ -18,25 +18,6 @@ from cachekit.demo.sample import GUIDANCE, Stream, sample, timesteps
 from cachekit.diffusers import digits
 
 DIGITS = "digits"
-
-Sampled = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder that diffusers has saved a pipeline in, the id of one on the hub, or `digits`, the small model "
-        "that comes with cachekit.",
-    ),
-]
-Prompts = Annotated[
-    list[str] | None, typer.Option("--prompt", help="What to sample; can be given more than once. Digits: 0 to 9.")
-]
-Call = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Argument of the pipeline's call: --set guidance_scale=3.5"),
-]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")]
 
 
 class Source(Protocol):

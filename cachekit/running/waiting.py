@@ -19,7 +19,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@torch.compiler.allow_in_graph
 def may_wait(value: Tensor) -> Tensor:
     """Marks a result of the probe that the decision does not look at."""
     return value
@@ -41,6 +40,7 @@ def arrived(carried: Sequence[Tensor | Waiting]) -> list[Tensor]:
 
 def cutting(compile_graph: Callable[..., Any]) -> Callable[..., Any]:
     """A backend that compiles a probe without what may wait: in place of that it returns a `Waiting`."""
+    torch.compiler.allow_in_graph(may_wait)  # not at import: it loads Dynamo, which is needed from here on
 
     def backend(probe: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         results, sides = _results(probe), _sides(probe)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachekit.structure.discovery import Discovery, discover
+if TYPE_CHECKING:
+    from cachekit.structure.discovery import Discovery
 
 LIMIT = 16
 """How many forwards are kept of a model, each of other arguments: the last ones that were asked for."""
@@ -53,6 +54,8 @@ def look(
         if key in kept.forwards:
             kept.forwards.move_to_end(key)
             return kept.forwards[key]
+    from cachekit.structure.discovery import discover  # not at import: torch's counter of FLOPs loads Triton
+
     found = discover(model, paths, parts, args, kwargs, device)
     if not found.reaches(model):
         with _lock:

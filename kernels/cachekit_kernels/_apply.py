@@ -4,24 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from cachekit_kernels import reference as plain
-from cachekit_kernels._operator import (
-    ELEMENTS,
-    WARPS,
-    cdiv,
-    jit,
-    launch,
-    launch_each,
-    loaded,
-    operator,
-    rounded,
-    runs_on,
-    same,
-    tl,
-)
+from cachekit_kernels._choice import kernels_for, same
 
 
 def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
@@ -44,9 +30,10 @@ def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list
     """
     for base, residual in zip(bases, residuals, strict=True):
         same("apply_residual", base=base, residual=residual)
-    if not runs_on(*bases, *residuals, fusible=True):
+    kernels = kernels_for(*bases, *residuals, fusible=True)
+    if kernels is None:
         return plain.apply_residual(bases, residuals)
-    return _apply_residual(list(bases), list(residuals))
+    return kernels.apply_residual(list(bases), list(residuals))
 
 
 def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, cond_first: bool = False) -> Tensor:
@@ -77,108 +64,7 @@ def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, 
     same("guidance_delta", cond=cond, low=low, high=high)
     if tuple(weights.shape) != (2,):
         raise ValueError(f"guidance_delta: `weights` is {list(weights.shape)}. Give the two of them: [2].")
-    if not runs_on(cond, low, high, fusible=True) or not cond.ndim:
+    kernels = kernels_for(cond, low, high, fusible=True)
+    if kernels is None or not cond.ndim:
         return plain.guidance_delta(cond, low, high, weights, cond_first=cond_first)
-    return _guidance_delta(cond, low, high, weights, cond_first)
-
-
-def _fake_apply(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    kinds = [torch.promote_types(base.dtype, residual.dtype) for base, residual in zip(bases, residuals, strict=True)]
-    return [base.new_empty(base.shape, dtype=kind) for base, kind in zip(bases, kinds, strict=True)]
-
-
-@operator("apply_residual", _fake_apply)
-def _apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    sums = _fake_apply(bases, residuals)
-    streams = [
-        (base.contiguous(), residual.contiguous(), total)
-        for base, residual, total in zip(bases, residuals, sums, strict=True)
-        if total.numel()
-    ]
-    for first in range(0, len(streams), 2):
-        one, other = streams[first], streams[min(first + 1, len(streams) - 1)]
-        blocks = cdiv(one[2].numel(), ELEMENTS)
-        more = cdiv(other[2].numel(), ELEMENTS) if other is not one else 0
-        launch(
-            _apply_kernel,
-            (blocks + more,),
-            *one,
-            one[2].numel(),
-            *other,
-            other[2].numel(),
-            blocks,
-            BLOCK=ELEMENTS,
-            num_warps=WARPS,
-        )
-    return sums
-
-
-@jit
-def _apply_kernel(
-    base_ptr,
-    residual_ptr,
-    total_ptr,
-    size,
-    other_base_ptr,
-    other_residual_ptr,
-    other_total_ptr,
-    other_size,
-    blocks,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    if block < blocks:
-        _add(base_ptr, residual_ptr, total_ptr, size, block, BLOCK)
-    else:
-        _add(other_base_ptr, other_residual_ptr, other_total_ptr, other_size, block - blocks, BLOCK)
-
-
-@jit
-def _add(base_ptr, residual_ptr, total_ptr, size, block, BLOCK: tl.constexpr):
-    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = at < size
-    base = loaded(base_ptr, at, kept)
-    residual = loaded(residual_ptr, at, kept)
-    tl.store(total_ptr + at, rounded(base + residual, total_ptr), mask=kept)
-
-
-def _fake_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_first: bool) -> Tensor:
-    return cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
-
-
-@operator("guidance_delta", _fake_delta)
-def _guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, cond_first: bool) -> Tensor:
-    both = cond.new_empty((2 * cond.shape[0], *cond.shape[1:]))
-    launch_each(
-        _delta_kernel,
-        cond.numel(),
-        cond.contiguous(),
-        low.contiguous(),
-        high.contiguous(),
-        weights.contiguous(),
-        both,
-        COND_FIRST=cond_first,
-    )
-    return both
-
-
-@jit
-def _delta_kernel(
-    cond_ptr,
-    low_ptr,
-    high_ptr,
-    weights_ptr,
-    both_ptr,
-    size,
-    COND_FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = at < size
-    cond = tl.load(cond_ptr + at, mask=kept, other=0.0)
-    low = loaded(low_ptr, at, kept)
-    high = loaded(high_ptr, at, kept)
-    uncond = cond.to(tl.float32) + tl.load(weights_ptr) * low + tl.load(weights_ptr + 1) * high
-    half = size + tl.zeros((), tl.int64)
-    tl.store(both_ptr + at + (half if COND_FIRST else 0), rounded(uncond, both_ptr), mask=kept)
-    tl.store(both_ptr + at + (0 if COND_FIRST else half), cond, mask=kept)
+    return kernels.guidance_delta(cond, low, high, weights, cond_first)

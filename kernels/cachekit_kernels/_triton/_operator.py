@@ -1,50 +1,24 @@
-"""How a kernel becomes an operator that a compiler sees through, and when it is used."""
+"""How a kernel becomes an operator that a compiler sees through."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton import knobs
-except ImportError:  # not on this platform: the references run
-    triton = tl = knobs = cast(Any, None)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from cachekit_kernels._choice import INTERPRETED
 
 ELEMENTS, WARPS = 2048, 8
 """Of a program that looks at each element by itself. A heuristic: 8 elements a thread are one load of 16 bytes of
 bfloat16, two of float32, from every tensor."""
 
-INTERPRETED = knobs is not None and knobs.runtime.interpret
-"""Whether kernels run on the CPU, as Python. Triton decides at import, from TRITON_INTERPRET."""
-
-CUTS_OFF = tl and tl.constexpr(INTERPRETED)
+CUTS_OFF = tl.constexpr(INTERPRETED)
 """The interpreter cuts the low bits of a bfloat16 off where a GPU rounds."""
-
-
-def runs_on(*tensors: Tensor, fusible: bool = False) -> bool:
-    """Whether these tensors go through a Triton kernel: on a GPU, in float32, bfloat16 or float16, without a gradient.
-
-    Args:
-        *tensors: all that is read.
-        fusible: whether the reference is worked out element by element. A compiler fuses it with what comes before and
-            after, which a kernel would keep apart, so inside a graph the reference stands.
-    """
-    if triton is None or (fusible and torch.compiler.is_compiling()):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(
-        tensor.dtype in DTYPES and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
-        for tensor in tensors
-    )
 
 
 def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[..., Any]:
@@ -57,8 +31,6 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if triton is None:
-            return function
         make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         made: Any = make(f"cachekit::{name}", function, mutates_args=mutates)
         made.register_fake(fake)
@@ -87,34 +59,18 @@ def launch_each(kernel: Any, size: int, *args: Any, **constants: Any) -> None:
         launch(kernel, (cdiv(size, ELEMENTS),), *args, size, **constants, BLOCK=ELEMENTS, num_warps=WARPS)
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit`, where there is Triton."""
-    return kernel if triton is None else triton.jit(kernel)
-
-
 def cdiv(whole: int, part: int) -> int:
     """How many parts cover the whole."""
     return -(-whole // part)
 
 
-def same(name: str, **tensors: Tensor) -> None:
-    """Refuse tensors of different shapes or devices, naming both."""
-    (first, expected), *others = tensors.items()
-    for other, tensor in others:
-        if tensor.shape != expected.shape or tensor.device != expected.device:
-            raise ValueError(
-                f"{name}: `{other}` is {list(tensor.shape)} on {tensor.device}, `{first}` is {list(expected.shape)} on "
-                f"{expected.device}. Give tensors of one shape on one device."
-            )
-
-
-@jit
+@triton.jit
 def loaded(pointer, at, kept):
     """As float32, and 0 where there is nothing."""
     return tl.load(pointer + at, mask=kept, other=0.0).to(tl.float32)
 
 
-@jit
+@triton.jit
 def rounded(value, pointer):
     """In the type that the pointer points to, rounded to the nearest."""
     kind = pointer.dtype.element_ty
