@@ -12,9 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachekit.running.frames import REPLAY, framed
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed
-from cachekit.structure.layout import NOTHING
 from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
 from cachekit.structure.parts import Watch, kind_of
 from cachekit.structure.record import DENOISED, Call, Const, Early, Key, Leaf, Part, TensorSpec, Tree
@@ -208,7 +206,8 @@ class Recorder(Onlooker):
             for place, tensor in enumerate(tensors):
                 self._labels[tensor] = _set(self._labels, tensor) | {(index, place)}
             before, first = self.flops, len(self.parts)
-            with self.accounts.watching(site._block, block, tensors) as self._watched:
+            numbering = Numbering([*tensors, *own_tensors(site._block)])
+            with self.accounts.watching(site._block, block, tensors) as self._watched, numbering:
                 watched = self._watched
                 try:
                     out = block(*args, **kwargs)
@@ -227,7 +226,11 @@ class Recorder(Onlooker):
         leaves, treespec = pytree.tree_flatten(out)
         made = watched.results(tensors, leaves, reached, added)
         parts = tuple(self.parts[first:])
-        if made is not None and all(map(plain_part, parts)) and self._as_the_block(site, args, kwargs):
+        if (
+            made is not None
+            and all(map(plain_part, parts))
+            and self._as_the_block(site, args, kwargs, leaves, numbering)
+        ):
             ends = [("argument", *pair) for pair in enumerate(tensors)]
             ends += [("result", *pair) for pair in enumerate(leaves) if isinstance(pair[1], Tensor)]
             ends += [("own", *pair) for pair in enumerate(own_tensors(site._block)) if pair[1] in self._tokens]
@@ -247,21 +250,19 @@ class Recorder(Onlooker):
             self.accounts.keep(site._block, account)
         return out
 
-    def _as_the_block(self, site, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether what runs in the place of a block, with sites inside, runs the operators of the block."""
+    def _as_the_block(self, site, args: tuple, kwargs: dict[str, Any], leaves: list[Any], numbering: Numbering) -> bool:
+        """Whether a block runs the operators that have run in its place, where sites stand inside."""
         if site._run is site._block:
             return True
-        numbering = Numbering([*_tensors(args, kwargs), *own_tensors(site._block)])
-        found = []
+        found = [*map(numbering.number, leaves)]
+        numbering.restart()
         self._silent = True
         try:
-            with framed({"mode": REPLAY, "local": False, "layout": NOTHING}), numbering:
-                for run in (site._run, site._block):
-                    numbering.restart()
-                    found.append([*map(numbering.number, pytree.tree_leaves(run(*args, **kwargs)))])
+            with numbering:
+                again = pytree.tree_leaves(site._block(*args, **kwargs))
         finally:
             self._silent = False
-        return found[0] == found[1]
+        return found == [*map(numbering.number, again)]
 
     def _told(self, account: Account, block: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a block returns that does what another one did; it is written down as if it had been looked at."""
