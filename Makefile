@@ -1,26 +1,36 @@
 # `make demo` and `make test` need Python 3.10+ and nothing else: each sets up .venv first.
 PYTHON ?= python3
+PYTHON_OLD ?= $(PYTHON)
+PYTHON_NEW ?= $(PYTHON)
+PINS   ?= constraints.txt
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test docs coverage lint bench bench-gpu clean
+.PHONY: setup demo test test-slow matrix docs coverage lint bench bench-gpu clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable ".[dev]"
 	touch $@
 
 demo: setup            ## sample digits with every method; writes demo_output/report.html
 	$(BIN)/python -m cachekit.demo
 
-test: setup            ## the whole test suite, doctests included; the kernels first, on the CPU
+test: setup            ## every law, doctests included; the kernels first, on the CPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_kernels.py
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: setup       ## the same laws on more classes, compiled more often, and whole documents
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+matrix:                ## the fast tests at both ends of the range of torch: PYTHON_OLD=... PYTHON_NEW=...
+	$(MAKE) test VENV=.venv-old PYTHON=$(PYTHON_OLD) PINS=constraints-old.txt
+	$(MAKE) test VENV=.venv-new PYTHON=$(PYTHON_NEW) PINS=constraints-new.txt
 
 docs: setup            ## draw the pictures and build the documents into site/
 	$(BIN)/python docs/pictures.py
@@ -43,4 +53,4 @@ bench-gpu:             ## the same on a GPU, in the Python that is there: PYTHON
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py all
 
 clean:
-	rm -rf $(VENV) demo_output site .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-old .venv-new demo_output site .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import tiers
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from traces import FLOWS, model_of, run
@@ -20,6 +21,25 @@ settings.register_profile("ci", deadline=None, derandomize=True, suppress_health
 # To see a test fail is enough for a mutant; nobody reads the smallest counterexample.
 settings.register_profile("mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is left to the slow tier, before marks are chosen from; and keep the list, for the test of that."""
+    for item in items:
+        test = getattr(item, "originalname", None) or item.name
+        if tiers.is_slow(item.path.name, test, tiers.parameters(item.name)):
+            item.add_marker("slow")
+    config.stash[COLLECTED] = [*items]
+
+
+@pytest.fixture(scope="session")
+def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
+    """Every test that was collected, whichever tier is run."""
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture(scope="session")

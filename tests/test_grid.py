@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import byhand
 import pytest
+import tiers
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -103,26 +105,29 @@ def test_what_the_caller_writes_to_the_output_stays_out_of_the_state():
         out.mul_(7)
 
 
+COMPILED = SITES, ("interval", "drift"), ("hold", "two-point", "newton 2", "newton 1 repaid"), ("one graph", "programs")
+AT_ONCE = tiers.covering(*COMPILED)
+
+
 @pytest.mark.compiles
-@pytest.mark.parametrize("forecaster", ["hold", "two-point", "newton 2", "newton 1 repaid"])
-@pytest.mark.parametrize("decider", ["interval", "drift"])
-@pytest.mark.parametrize("sites", SITES)
-def test_every_way_to_run_is_the_same(sites, decider, forecaster):
+@pytest.mark.parametrize(
+    ("sites", "decider", "forecaster", "way"),
+    [pytest.param(*cell, marks=[] if cell in AT_ONCE else pytest.mark.slow) for cell in itertools.product(*COMPILED)],
+)
+def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
     step = ck.cache(byhand.net(), policy(sites, decider, forecaster))
     wanted, end = run(step)
-    for way, graphs in (("one graph", 1), ("programs", 2 + (decider == "drift"))):
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = step.compile(backend="aot_eager") if way == "programs" else None
-        call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
-        for _ in range(2):
-            outputs, state = run(call, (compiled or step).init)
-            for one, other in zip(outputs, wanted, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-            assert ck.summary(state).computed == ck.summary(end).computed
-            assert pytree.tree_structure(state) == pytree.tree_structure(end)
-        assert counters["stats"]["unique_graphs"] == graphs
-        assert not counters["graph_break"]
+    counters.clear()
+    compiled = step.compile(backend="aot_eager") if way == "programs" else None
+    call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        outputs, state = run(call, (compiled or step).init)
+        for one, other in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        assert ck.summary(state).computed == ck.summary(end).computed
+        assert pytree.tree_structure(state) == pytree.tree_structure(end)
+    assert counters["stats"]["unique_graphs"] == (1 if way == "one graph" else 2 + (decider == "drift"))
+    assert not counters["graph_break"]
 
 
 @pytest.mark.compiles

@@ -1,0 +1,86 @@
+"""Which tests `make test` leaves to `make test-slow`: a law on one more class, compiled once more, or a whole document.
+
+No law is left out of the first: each keeps the parameters that `FAST` names, chosen by kind. `test_tiers.py` holds this
+against what is collected.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Hashable, Sequence
+
+CLASSES = {
+    "Flux": "joint blocks, then single ones",
+    "SD3": "joint blocks, the last of another kind",
+    "QwenImage": "two streams by keyword",
+    "PixArt": "self- and cross-attention on an image",
+    "Wan": "the same on a video",
+    "Latte": "blocks in space and in time, in turn",
+    "Lumina2": "refiners; it branches on data",
+    "HunyuanVideo": "a text refiner that must not be merged",
+    "WanVACE": "hints added between blocks",
+    "StableAudio": "sound",
+}
+"""The classes of diffusers that stand for the others, and for what."""
+
+_ONE_OF_TEN = rf"^({'|'.join(CLASSES)})$"
+
+FAST: dict[str, str] = {
+    "test_coverage.py::test_nothing_is_lost": _ONE_OF_TEN,
+    "test_exactness.py": _ONE_OF_TEN,
+    "test_output.py::test_every_class_of_the_zoo": _ONE_OF_TEN,
+    "test_module_parity.py::test_all_attention_that_diffusers_knows_is_found": _ONE_OF_TEN,
+    "test_cli.py::test_a_class_takes_the_inputs_that_are_known_of_it": r"^(Flux|Wan|Lumina2)Transformer",
+    "test_compiled.py::test_one_graph_for_every_step_trajectory_and_length": r"^(Flux-first_block_cache|Wan-mag_cache)$",
+    "test_compiled.py::test_one_program_an_action": r"^(Flux-first_block_cache|Wan-mag_cache)$",
+    "test_compiled.py": r"Flux|^$",
+    "test_grid.py::test_a_state_that_is_given_away_is_written_to": r"^(chain-drift|output-interval)-",
+    "test_bench.py::test_the_gpu_benchmark_runs_dry_and_writes_every_row": r"^kernels$",
+    "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux|Flux$",
+    "test_modules_compiled.py::test_one_graph_of_inductor_equals_eager": r"^$",
+    "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"plain|two",
+    "test_kernels_compiled.py": r"residual_norm|^$",
+}
+"""Test, or file -> a pattern of the parameters with which it is run at once; the rest is slow."""
+
+SLOW: dict[str, str] = {
+    "test_cli.py::test_explain_of_a_model_of_real_size_computes_nothing": "a model of billions of parameters, on meta",
+    "test_docs.py::test_the_site_builds_without_a_warning_and_fetches_nothing": "a whole document",
+    "test_docs.py::test_a_site_with_a_fault_does_not_build": "a whole document",
+}
+"""Tests that are slow as a whole, and why."""
+
+
+def is_slow(file: str, test: str, parameters: str) -> bool:
+    """Whether a test with these parameters, as pytest writes them in brackets, is left to the slow tier."""
+    if f"{file}::{test}" in SLOW:
+        return True
+    pattern = FAST.get(f"{file}::{test}", FAST.get(file))
+    return pattern is not None and re.search(pattern, parameters) is None
+
+
+def covering(*axes: Sequence[Hashable]) -> list[tuple]:
+    """Few combinations among which every pair of values of two axes stands, in a fixed order.
+
+    Args:
+        *axes: the values of each.
+    """
+    places = list(itertools.combinations(range(len(axes)), 2))
+
+    def pairs(row: tuple) -> set[tuple]:
+        return {(one, row[one], other, row[other]) for one, other in places}
+
+    rows = [*itertools.product(*axes)]
+    left = set().union(*map(pairs, rows))
+    chosen: list[tuple] = []
+    while left:
+        best = max(rows, key=lambda row: len(pairs(row) & left))
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen
+
+
+def parameters(name: str) -> str:
+    """What stands in the brackets of a test's name."""
+    return name.partition("[")[2].removesuffix("]")
