@@ -2,7 +2,8 @@
 PYTHON ?= python3
 PYTHON_OLD ?= $(PYTHON)
 PYTHON_NEW ?= $(PYTHON)
-PINS   ?= constraints.txt
+TORCH  ?= 2.13.0
+TRITON ?= 3.7.1
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -11,11 +12,12 @@ STAMP  := $(VENV)/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt $(PINS)
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	printf 'torch==%s\ntriton==%s\n' $(TORCH) $(TRITON) > $(VENV)/torch.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint $(PINS) torch
-	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint $(VENV)/torch.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --constraint $(VENV)/torch.txt --editable ".[dev]"
 	touch $@
 
 demo: setup            ## sample digits with every method; writes demo_output/report.html
@@ -28,9 +30,9 @@ test: setup            ## every law, doctests included; the kernels first, on th
 test-slow: setup       ## the same laws on more classes, compiled more often, and whole documents
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-matrix:                ## the fast tests at both ends of the range of torch: PYTHON_OLD=... PYTHON_NEW=...
-	$(MAKE) test VENV=.venv-old PYTHON=$(PYTHON_OLD) PINS=constraints-old.txt
-	$(MAKE) test VENV=.venv-new PYTHON=$(PYTHON_NEW) PINS=constraints-new.txt
+matrix:                ## the fast tests at both ends of the range of torch, in the Pythons PYTHON_OLD and PYTHON_NEW
+	$(MAKE) test VENV=.venv-2.11 PYTHON=$(PYTHON_OLD) TORCH=2.11.0 TRITON=3.6.0
+	$(MAKE) test VENV=.venv-2.15 PYTHON=$(PYTHON_NEW) TORCH=2.15.0 TRITON=3.9.0
 
 docs: setup            ## draw the pictures and build the documents into site/
 	$(BIN)/python docs/pictures.py
@@ -53,4 +55,4 @@ bench-gpu:             ## the same on a GPU, in the Python that is there: PYTHON
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py all
 
 clean:
-	rm -rf $(VENV) .venv-old .venv-new demo_output site .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-2.11 .venv-2.15 demo_output site .pytest_cache .hypothesis

@@ -312,4 +312,47 @@ MUTANTS = (
         "summed.index_add_(0, gap, off)",
         "test_replaying.py::test_errors_are_those_of_a_live_run",
     ),
+    # A block that reads a tensor of nobody's is not told of others.
+    Mutant(
+        "structure/alike.py",
+        "self.alone &= all(place in given or place in made for place in map(address, inputs))",
+        "self.alone &= True",
+        "test_alike.py::test_a_block_that_does_more_than_compute_is_no_account_of_others",
+    ),
+    Mutant(
+        "structure/alike.py",
+        "if account.sight == sight and self._outside.still(account.outside):",
+        "if account.sight == sight:",
+        "test_alike.py::test_a_global_that_has_changed_is_looked_at",
+    ),
+    Mutant(
+        "structure/alike.py",
+        "self.steady &= not _sets(code)",
+        "self.steady &= True",
+        "test_alike.py::test_a_block_that_does_more_than_compute_is_no_account_of_others",
+    ),
+    Mutant(
+        "structure/alike.py",
+        "if not self.alone or any(tensor() is not None for made in left for tensor in made):",
+        "if not self.alone:",
+        "test_alike.py::test_a_block_that_does_more_than_compute_is_no_account_of_others",
+    ),
+    Mutant(
+        "structure/forms.py",
+        "found.append((name, kind, value))",
+        "found.append((name, kind))",
+        "test_alike.py::test_a_block_that_is_not_like_the_others_is_looked_at",
+    ),
+    Mutant(
+        "structure/store.py",
+        "if kept is None or kept.form != form:",
+        "if kept is None:",
+        "test_store.py::test_a_changed_model_is_recorded_again",
+    ),
+    Mutant(
+        "structure/store.py",
+        "if not found.reaches(model):",
+        "if True:",
+        "test_store.py::test_a_model_is_not_kept_alive",
+    ),
 )

@@ -26,14 +26,16 @@ CLASSES = {
 
 _ONE_OF_TEN = rf"^({'|'.join(CLASSES)})$"
 
+_ONE_OF_TWO = r"^(Flux-first_block_cache|Wan-mag_cache)$"
+
 FAST: dict[str, str] = {
     "test_coverage.py::test_nothing_is_lost": _ONE_OF_TEN,
     "test_exactness.py": _ONE_OF_TEN,
     "test_output.py::test_every_class_of_the_zoo": _ONE_OF_TEN,
     "test_module_parity.py::test_all_attention_that_diffusers_knows_is_found": _ONE_OF_TEN,
     "test_cli.py::test_a_class_takes_the_inputs_that_are_known_of_it": r"^(Flux|Wan|Lumina2)Transformer",
-    "test_compiled.py::test_one_graph_for_every_step_trajectory_and_length": r"^(Flux-first_block_cache|Wan-mag_cache)$",
-    "test_compiled.py::test_one_program_an_action": r"^(Flux-first_block_cache|Wan-mag_cache)$",
+    "test_compiled.py::test_one_graph_for_every_step_trajectory_and_length": _ONE_OF_TWO,
+    "test_compiled.py::test_one_program_an_action": _ONE_OF_TWO,
     "test_compiled.py": r"Flux|^$",
     "test_grid.py::test_a_state_that_is_given_away_is_written_to": r"^(chain-drift|output-interval)-",
     "test_bench.py::test_the_gpu_benchmark_runs_dry_and_writes_every_row": r"^kernels$",

@@ -1,8 +1,8 @@
 """Blocks that are proven to do the same need not each be looked at.
 
 A block does what another did where all that its code can see is the same: class, attributes and modules (its *form*),
-the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what a
-recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
+the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what
+a recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
 tensors and what it made, wrote to none of the former, and left nothing behind. An account is told again of every block
 that is alike; any other block is looked at in full.
 """
