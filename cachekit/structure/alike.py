@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+import math
 import sys
 import types
 import weakref
@@ -71,16 +72,27 @@ class Account(NamedTuple):
 
     def make(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What it returned, for these tensors among the arguments."""
-        made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in self.memories]
+        views = [[r.view for r in self.results if isinstance(r, Result) and r.memory == n] for n in range(len(self.memories))]
+        made = [_memory(*kind, seen) for kind, seen in zip(self.memories, views, strict=True)]
 
         def leaf(result: Result | Any) -> Any:
             if not isinstance(result, Result):
                 return result
             if result.argument >= 0:
                 return tensors[result.argument]
-            return torch.as_strided(made[result.memory], *result.view)
+            memory = made[result.memory]
+            return memory if len(views[result.memory]) == 1 else torch.as_strided(memory, *result.view)
 
         return [*map(leaf, self.results)]
+
+def _memory(size: int, dtype: torch.dtype, device: torch.device, views: Sequence[tuple[Any, Any, int]]) -> Tensor:
+    """New memory: as the one view of it, or for several views of it to be made."""
+    if len(views) > 1:
+        return torch.empty(size, dtype=dtype, device=device)
+    [(shape, strides, offset)] = views
+    if offset == 0 and math.prod(shape) == size:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return torch.as_strided(torch.empty(size, dtype=dtype, device=device), shape, strides, offset)
 
 
 class Accounts:
@@ -88,9 +100,13 @@ class Accounts:
 
     Args:
         parts: names of the modules, inside the blocks or blocks themselves, that are looked at one by one.
+
+    Attributes:
+        whole: whether every call of a block has one, its own or another's.
     """
 
     def __init__(self, parts: Sequence[str]) -> None:
+        self.whole = True
         self._parts = parts
         self._of: dict[type, list[Account]] = {}
         self._forms: dict[int, tuple[Any, Callable[[], bool]]] = {}

@@ -201,6 +201,8 @@ class Recorder(Onlooker):
         self.depth += 1
         try:
             if sight is None or self.accounts is None:
+                if self.accounts is not None:
+                    self.accounts.whole = False
                 return block(*args, **kwargs)
             tensors = _tensors(args, kwargs)
             for place, tensor in enumerate(tensors):
@@ -248,6 +250,8 @@ class Recorder(Onlooker):
                 storages={self._memory(tensor): (what, place) for what, place, tensor in reversed(ends)},
             )
             self.accounts.keep(site._block, account)
+        else:
+            self.accounts.whole = False
         return out
 
     def _as_the_block(self, site, args: tuple, kwargs: dict[str, Any], leaves: list[Any], numbering: Numbering) -> bool:
