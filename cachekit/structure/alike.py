@@ -72,7 +72,10 @@ class Account(NamedTuple):
 
     def make(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What it returned, for these tensors among the arguments."""
-        views = [[r.view for r in self.results if isinstance(r, Result) and r.memory == n] for n in range(len(self.memories))]
+        views: list[list[Any]] = [[] for _ in self.memories]
+        for result in self.results:
+            if isinstance(result, Result) and result.argument < 0:
+                views[result.memory].append(result.view)
         made = [_memory(*kind, seen) for kind, seen in zip(self.memories, views, strict=True)]
 
         def leaf(result: Result | Any) -> Any:
@@ -84,6 +87,7 @@ class Account(NamedTuple):
             return memory if len(views[result.memory]) == 1 else torch.as_strided(memory, *result.view)
 
         return [*map(leaf, self.results)]
+
 
 def _memory(size: int, dtype: torch.dtype, device: torch.device, views: Sequence[tuple[Any, Any, int]]) -> Tensor:
     """New memory: as the one view of it, or for several views of it to be made."""

@@ -200,9 +200,10 @@ class Recorder(Onlooker):
         block, index = site._run, len(self.calls)
         self.depth += 1
         try:
-            if sight is None or self.accounts is None:
-                if self.accounts is not None:
-                    self.accounts.whole = False
+            if self.accounts is None:
+                return block(*args, **kwargs)
+            if sight is None:
+                self.accounts.whole = False
                 return block(*args, **kwargs)
             tensors = _tensors(args, kwargs)
             for place, tensor in enumerate(tensors):
