@@ -10,7 +10,7 @@ from typing import Any
 import dit
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -388,6 +388,7 @@ def test_an_object_among_the_arguments_is_no_value():
 STEPS = st.lists(st.sampled_from(sorted(GIVEN)), min_size=1, max_size=DEPTH)
 
 
+@settings(max_examples=40)
 @given(
     blocks=st.lists(st.sampled_from([Block, Slices, HandsThrough, Writes, CountsOnItself]), min_size=2, max_size=6),
     unlike=st.sampled_from([*UNLIKE, None]),

@@ -33,21 +33,43 @@ FAST: dict[str, str] = {
     "test_exactness.py": _ONE_OF_TEN,
     "test_output.py::test_every_class_of_the_zoo": _ONE_OF_TEN,
     "test_module_parity.py::test_all_attention_that_diffusers_knows_is_found": _ONE_OF_TEN,
-    "test_cli.py::test_a_class_takes_the_inputs_that_are_known_of_it": r"^(Flux|Wan|Lumina2)Transformer",
+    "test_cli.py::test_a_class_takes_the_inputs_that_are_known_of_it": r"^(PixArt|Lumina2)",
     "test_compiled.py::test_one_graph_for_every_step_trajectory_and_length": _ONE_OF_TWO,
     "test_compiled.py::test_one_program_an_action": _ONE_OF_TWO,
+    "test_compiled.py::test_inductor_equals_eager": r"^Flux-programs$",
     "test_compiled.py": r"Flux|^$",
     "test_grid.py::test_a_state_that_is_given_away_is_written_to": r"^(chain-drift|output-interval)-",
     "test_bench.py::test_the_gpu_benchmark_runs_dry_and_writes_every_row": r"^kernels$",
-    "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux|Flux$",
-    "test_modules_compiled.py::test_one_graph_of_inductor_equals_eager": r"^$",
+    "test_grid.py::test_what_others_write_to_compiled": r"^attention$",
+    "test_guidance.py::test_two_calls_compiled": r"^programs$",
+    "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux-pyramid_attention_broadcast",
+    "test_modules_compiled.py::test_regional": r"^taylorseer$",
+    "test_docs.py::test_every_block_of_a_page_runs": r"README|index|api/|your-own|how-it-works|command-line",
     "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"plain|two",
     "test_kernels_compiled.py": r"residual_norm|^$",
 }
 """Test, or file -> a pattern of the parameters with which it is run at once; the rest is slow."""
 
+_OF_THE_DEMO = tuple(
+    f"test_demo.py::test_{test}"
+    for test in (
+        "every_file_is_there",
+        "rows_are_what_was_planned",
+        "scores_are_consistent",
+        "no_two_rows_are_the_same_plan",
+        "a_chosen_plan_that_is_the_planned_one_is_left_out",
+        "the_report_says_which_speedups_it_shows",
+        "results_say_how_they_came_about",
+        "the_report_stands_alone_and_holds_every_row",
+    )
+)
+
 SLOW: dict[str, str] = {
     "test_cli.py::test_explain_of_a_model_of_real_size_computes_nothing": "a model of billions of parameters, on meta",
+    "test_compiled.py::test_export_runs_in_a_process_that_knows_only_torch": "AOTInductor",
+    "test_modules_compiled.py::test_inductor_equals_eager": "Inductor, on models of many sites",
+    "test_modules_compiled.py::test_one_graph_of_inductor_equals_eager": "Inductor, on models of many sites",
+    **dict.fromkeys(_OF_THE_DEMO, "a run of the demo"),
     "test_docs.py::test_the_site_builds_without_a_warning_and_fetches_nothing": "a whole document",
     "test_docs.py::test_a_site_with_a_fault_does_not_build": "a whole document",
 }
