@@ -28,6 +28,22 @@ _ONE_OF_TEN = rf"^({'|'.join(CLASSES)})$"
 
 _ONE_OF_TWO = r"^(Flux-first_block_cache|Wan-mag_cache)$"
 
+_ONE_A_FILE = "|".join(
+    rf"^{name}\.py-test_{law}"
+    for name, law in (
+        ("_drift", "doubt"),
+        ("_combine", "max_skips"),
+        ("_decider", "plan"),
+        ("_magnitude", "layout"),
+        ("_hold", "predict"),
+        ("_newton", "what_a_gap"),
+        ("planner", "no_plan_is_better0"),
+        ("replay", "decisions"),
+        ("alike", "a_global"),
+        ("store", "a_changed"),
+    )
+)
+
 FAST: dict[str, str] = {
     "test_coverage.py::test_nothing_is_lost": _ONE_OF_TEN,
     "test_exactness.py": _ONE_OF_TEN,
@@ -44,7 +60,30 @@ FAST: dict[str, str] = {
     "test_guidance.py::test_two_calls_compiled": r"^programs$",
     "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux-pyramid_attention_broadcast",
     "test_modules_compiled.py::test_regional": r"^taylorseer$",
-    "test_docs.py::test_every_block_of_a_page_runs": r"README|index|api/|your-own|how-it-works|command-line",
+    "test_docs.py::test_every_block_of_a_page_runs": r"api/|docs/index|your-own-dit",
+    "test_docs.py::test_every_block_of_a_docstring_runs": r"cached$",
+    "test_mutants.py::test_mutant_is_killed": _ONE_A_FILE,
+    "test_pipeline_calls.py::test_the_next_image_is_that_of_a_fresh_pipeline": r"first_block_cache$|^a call-",
+    "test_pipeline_calls.py::test_a_copy_of_a_pipeline_is_not_cached_and_runs_its_own_transformer": r"^(copy|pickle)$",
+    "test_pipeline_calls.py::test_a_call_of_another_kind_is_that_of_a_fresh_pipeline": r"^(batch|height)$",
+    "test_pipeline_calls.py::test_nothing_is_left": r"wan_two$",
+    "test_pipeline_calls.py::test_image_to_image_has_the_steps_that_are_left": r"^flux",
+    "test_pipeline_features.py::test_a_pipeline_with": r"wan$",
+    "test_pipeline_features.py::test_a_picture_that_steers": r"control$",
+    "test_pipeline_features.py::test_compiled_steps_are_kept_from_call_to_call": r"^flux",
+    "test_pipeline_configs.py::test_every_field_is_that_of_the_hooks": r"^(threshold|mag|no type|identifiers|faster)$",
+    "test_replaying.py::test_errors_are_those_of_a_live_run": r"^(hold|newton 1 repaid|taylor 2|two-point|feedback)$",
+    "test_output.py::test_every_way_to_run_is_the_same": r"^(budget-newton 2|drift-hold)$",
+    "test_parity.py::test_first_block_cache_is_that_of_diffusers": r"^(Flux|Wan|QwenImage|PixArt)",
+    "test_parity.py::test_mag_cache_is_that_of_diffusers": r"^(Flux|SD3|Wan|HunyuanVideo)-",
+    "test_parity.py::test_mag_cache_is_that_of_diffusers_on_classes_beyond_the_required": r"^(DiT|WanI2V|Kandinsky5)$",
+    "test_module_parity.py::test_pyramid_attention_broadcast": r"^(Flux|Latte|Wan)-\(2, ",
+    "test_module_parity.py::test_faster_cache_with_both_halves": r"-2-5$",
+    "test_module_parity.py::test_faster_cache_without_guidance": r"-2$",
+    "test_module_parity.py::test_taylorseer": r"^(Flux|SD3)-[12]-torch.float32$|^QwenImage-1-torch.bfloat16$",
+    "test_forecasters.py::test_compiled_agrees_and_never_recompiles": r"-eager$",
+    "test_foreign.py::test_a_hook_on_the_root": r"^Wan$",
+    "test_tuning.py::test_a_pipeline_is_recorded_and_its_plan_runs": r"^wan",
     "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"plain|two",
     "test_kernels_compiled.py": r"residual_norm|^$",
 }
@@ -70,6 +109,7 @@ SLOW: dict[str, str] = {
     "test_modules_compiled.py::test_inductor_equals_eager": "Inductor, on models of many sites",
     "test_modules_compiled.py::test_one_graph_of_inductor_equals_eager": "Inductor, on models of many sites",
     **dict.fromkeys(_OF_THE_DEMO, "a run of the demo"),
+    "test_docs.py::test_the_pictures_are_those_that_the_code_of_today_draws": "all pictures",
     "test_docs.py::test_the_site_builds_without_a_warning_and_fetches_nothing": "a whole document",
     "test_docs.py::test_a_site_with_a_fault_does_not_build": "a whole document",
 }
