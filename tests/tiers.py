@@ -53,7 +53,7 @@ FAST: dict[str, str] = {
     "test_compiled.py::test_one_graph_for_every_step_trajectory_and_length": _ONE_OF_TWO,
     "test_compiled.py::test_one_program_an_action": _ONE_OF_TWO,
     "test_compiled.py::test_inductor_equals_eager": r"^Flux-programs$",
-    "test_compiled.py": r"Flux|^$",
+    "test_compiled.py": r"Flux|^(programs|first_block_cache)?$",
     "test_grid.py::test_a_state_that_is_given_away_is_written_to": r"^(chain-drift|output-interval)-",
     "test_bench.py::test_the_gpu_benchmark_runs_dry_and_writes_every_row": r"^kernels$",
     "test_grid.py::test_what_others_write_to_compiled": r"^attention$",
@@ -84,8 +84,8 @@ FAST: dict[str, str] = {
     "test_forecasters.py::test_compiled_agrees_and_never_recompiles": r"-eager$",
     "test_foreign.py::test_a_hook_on_the_root": r"^Wan$",
     "test_tuning.py::test_a_pipeline_is_recorded_and_its_plan_runs": r"^wan",
-    "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"plain|two",
-    "test_kernels_compiled.py": r"residual_norm|^$",
+    "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"^(swapped|skips)-",
+    "test_kernels_compiled.py": r"sums_kernel|^$",
 }
 """Test, or file -> a pattern of the parameters with which it is run at once; the rest is slow."""
 
