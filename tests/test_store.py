@@ -27,13 +27,13 @@ POLICIES = (
 def records(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The models of which a forward was recorded."""
     seen: list[nn.Module] = []
-    right = store.discover
+    right = discovery.discover
 
     def discover(model, *args, **kwargs):
         seen.append(model)
         return right(model, *args, **kwargs)
 
-    monkeypatch.setattr(store, "discover", discover)
+    monkeypatch.setattr(discovery, "discover", discover)
     return seen
 
 
