@@ -8,8 +8,7 @@
 # rows. Here two calls in a row are enough; in torch 2.11.0 even one.
 # Seen:   torch 2.11.0, 2.13.0, 2.14.1, 2.15.0.
 # Matters: diffusion transformers are chains of equal blocks, the very case the
-#   region is for. In other trials the same fault gave NaN, and once it ended the
-#   process with a corrupted heap. (What runs below stays within its buffer.)
+#   region is for. (What runs below stays within its buffer.)
 # Living with it: cut the result outside the region, or compile blocks one by one
 #   (regional compilation). Whoever uses the region compares the first answer with
 #   that of aot_eager.
