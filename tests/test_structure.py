@@ -598,3 +598,32 @@ def test_a_tensor_is_written_to_through_its_views(way):
 def test_a_list_of_layers_before_the_blocks_is_no_chain():
     step = ck.cache(Views("layers"), ck.step_mask(MASK))
     assert list(step.init(STEPS, *feed(0)).sites) == ["blocks.0..blocks.2"]
+
+
+class Attends(nn.Module):
+    """One product with weights, and one attention of two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        heads = self.lin(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        return x + nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+
+def test_attention_is_weighed_in_every_release():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Attends() for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, x = Model().eval(), torch.randn(2, 6, 8)
+    record = discover(model, block_paths(model), (), (x,), {}, torch.device("cpu")).record
+    product, attention = 2 * (2 * 6) * 8 * 8, 2 * (2 * 2) * (6 * 6 * 4) * 2
+    assert [call.flops for call in record.calls] == [product + attention] * 3

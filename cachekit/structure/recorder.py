@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed
@@ -115,12 +115,15 @@ class Recorder(Onlooker):
             elif tensor in self._lineage:
                 del self._lineage[tensor]
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
-        if count is not None and self.depth:
+        name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
+        if self.depth and count is not None:
             self.flops += int(count(*args, **kwargs, out_val=out))
+        elif self.depth and name.startswith("_scaled_dot_product"):
+            # Up to 2.14 torch's registry lacks attention on a CPU, and a leader is not to hang on the release.
+            self.flops += int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
         if self._watched is not None:
             self._watched.operator(inputs, outputs, written(func, args, kwargs))
         if self._watch.running:
-            name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
             self._watch.operator(name, args, outputs, self.labels, count is not None)
         return out
 
