@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -413,6 +414,22 @@ def test_whatever_the_blocks_are_the_record_is_that_of_looking_at_each(blocks, u
             recorded(model, (X.clone(),), accounts=Forgetful)
     finally:
         Processor.factor = 1.0
+
+
+def test_what_a_collection_calls_is_no_code_of_the_block():
+    def collected(phase, info):
+        global calls
+        calls += 1
+
+    before = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)
+    try:
+        assert recorded(Model(), (X,))[1] == 1
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(collected)
+        gc.set_threshold(*before)
 
 
 def test_a_profiler_keeps_its_place():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import itertools
 import math
 import sys
@@ -275,11 +276,15 @@ class Outside:
             self.steady = False
             yield self._first
             return
+        collects = gc.isenabled()
+        gc.disable()  # what a collection calls is nothing that the block runs
         sys.settrace(self._called)
         try:
             yield self._first
         finally:
             sys.settrace(None)
+            if collects:
+                gc.enable()
 
     def _called(self, frame: types.FrameType, event: str, arg: Any) -> None:
         if event != "call" or frame.f_code in self._codes:
