@@ -7,7 +7,8 @@ whatever the blocks share and whatever happens between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,16 @@ class Onlooker(TorchDispatchMode):
     """Sees every operator of a forward and changes nothing."""
 
     supports_higher_order_operators = True
+    _silent = False
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What runs meanwhile is no part of the forward."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -47,7 +58,6 @@ class Numbering(Onlooker):
         super().__init__()
         self._given = list(given)
         self._contents: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._silent = False
         self.restart()
 
     def restart(self) -> None:
@@ -81,11 +91,8 @@ class Numbering(Onlooker):
         """What a block returns that does what another one did: one operator of its own tensors and the arguments."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
         made = hash((account.path, *map(self.number, tensors), *map(self.number, own)))
-        self._silent = True
-        try:
+        with self.unseen():
             leaves = account.make(tensors)
-        finally:
-            self._silent = False
         for result, leaf in zip(account.results, leaves, strict=True):
             if isinstance(leaf, Tensor) and result.argument < 0:
                 self._keep(leaf, hash((made, result.memory)))

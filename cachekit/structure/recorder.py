@@ -44,7 +44,6 @@ class Recorder(Onlooker):
         self.flops = 0
         self.accounts = accounts  # None of a forward that is run for real: every block is run then
         self._watched: Watched | None = None  # the block that runs
-        self._silent = False
         self._tokens = WeakIdKeyDictionary()
         self._labels = WeakIdKeyDictionary()
         self._lineage = WeakIdKeyDictionary()
@@ -264,22 +263,15 @@ class Recorder(Onlooker):
             return True
         found = [*map(numbering.number, leaves)]
         numbering.restart()
-        self._silent = True
-        try:
-            with numbering:
-                again = pytree.tree_leaves(site._block(*args, **kwargs))
-        finally:
-            self._silent = False
+        with self.unseen(), numbering:
+            again = pytree.tree_leaves(site._block(*args, **kwargs))
         return found == [*map(numbering.number, again)]
 
     def _told(self, account: Account, block: nn.Module, path: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a block returns that does what another one did; it is written down as if it had been looked at."""
         index, tensors = len(self.calls), _tensors(args, kwargs)
-        self._silent = True
-        try:
+        with self.unseen():
             leaves = account.make(tensors)
-        finally:
-            self._silent = False
         for result, leaf in zip(account.results, leaves, strict=True):
             if isinstance(result, Result) and result.argument < 0:
                 self._written.pop(address(leaf), None)
