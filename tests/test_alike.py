@@ -20,7 +20,7 @@ from cachekit.diffusers import zoo
 from cachekit.running.shadow import block_paths
 from cachekit.structure.alike import Accounts
 from cachekit.structure.discovery import Twin
-from cachekit.structure.forms import form
+from cachekit.structure.forms import Forming, form
 from cachekit.structure.parts import part_paths
 from cachekit.structure.record import Leaf, Record, Tree
 
@@ -430,6 +430,16 @@ def test_what_a_collection_calls_is_no_code_of_the_block():
     finally:
         gc.callbacks.remove(collected)
         gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("change", [lambda held: held[0].add(3), lambda held: held[1].update(b=held[1].pop("a"))])
+def test_a_form_is_that_of_what_its_containers_hold_now(change):
+    block, forming = Block(), Forming()
+    block.part.held = held = ({1, 2}, {"a": 1})
+    before, unchanged = forming.of(block), forming.unchanged()
+    assert unchanged() and form(block) == before
+    change(held)
+    assert not unchanged() and form(block) != before
 
 
 def test_a_profiler_keeps_its_place():

@@ -85,6 +85,7 @@ class Forming:
             self.lists.append(value)
             return "list", Same(kind), *map(self.of, value)
         if isinstance(value, (set, frozenset)):
+            self.lists.append(value)
             plain = all(type(item) in PLAIN for item in value)
             return ("set", Same(kind), frozenset(value)) if plain else Same(value)
         if isinstance(value, functools.partial):
@@ -131,10 +132,10 @@ class Forming:
 
     def unchanged(self) -> Callable[[], bool]:
         """A function that tells whether everything walked through holds the very same values still. It keeps them."""
-        dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, list)]
+        dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, (list, set))]
 
         def now() -> Iterator[Any]:
-            return chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists))
+            return chain.from_iterable((*dicts, *map(dict.values, dicts), *lists))
 
         before = [*now()]
 
