@@ -345,8 +345,8 @@ def rows(part: str, bench: Bench) -> Iterator[dict[str, Any]]:
     """The rows of a part."""
     if part == "kernels":
         yield from correct(bench.device, bench.tiny)
-        shapes, batches = (["tiny"], [1]) if bench.tiny else (["flux", "wan", "hunyuan"], [1, 2])
-        for row in kernel_bench.rows(shapes, batches, 2 if bench.tiny else 30, bench.device):
+        shapes = ["tiny"] if bench.tiny else ["flux", "wan", "hunyuan"]
+        for row in kernel_bench.rows(shapes, [1], 2 if bench.tiny else 30, bench.device):
             yield {"part": "kernels", **row}
             if not bench.reaches(f"kernels, after {row['kernel']} {row['shape']} {row['batch']}"):
                 return
