@@ -60,16 +60,16 @@ class Bench(NamedTuple):
     until: float  # time.perf_counter() after which no more rows are begun
     left_out: list[str]
 
-    def seconds(self, call: Callable[[], Any]) -> float:
-        """The median time of a call, from an idle device to an idle device; the first is not counted."""
+    def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
+        """The median time of a call, from an idle device to an idle device; the first is not counted, unless it ran."""
         found = []
-        for _ in range(self.rounds + 1):
+        for _ in range(self.rounds + (not warm)):
             self.wait()
             start = time.perf_counter()
             call()
             self.wait()
             found.append(time.perf_counter() - start)
-        return statistics.median(found[1:])
+        return statistics.median(found[-self.rounds :])
 
     def busy(self, call: Callable[[], Any]) -> float | None:
         """Seconds of a call in which a kernel was running."""
@@ -215,7 +215,7 @@ def peers(
                 if not difference < TOLERANCE:
                     bench.left_out.append(f"{work.name}, {method}, {name}: off by {difference:.1e}, so it is not timed")
                     continue
-                seconds = bench.seconds(functools.partial(run, given))
+                seconds = bench.seconds(functools.partial(run, given), warm=True)
         except Exception as error:  # of another project's: it must not cost us our own rows
             bench.left_out.append(f"{work.name}, {method}, {name}: {type(error).__name__}: {str(error)[:200]}")
             continue
@@ -256,9 +256,10 @@ def loop(
 
     start = time.perf_counter()
     out, state = run()
+    bench.wait()
     first = time.perf_counter() - start
     refuse_wrong(f"{work.name}, {method}, {way}", out, out if wanted is None else wanted)
-    seconds, busy, peak = bench.seconds(run), bench.busy(run), bench.peak()
+    seconds, busy, peak = bench.seconds(run, warm=True), bench.busy(run), bench.peak()
     summary = ck.summary(state)
     computed = sum(summary.computed)
     cut = work.without(method)
@@ -320,7 +321,7 @@ def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
             outs, state = run()
             decided = ck.summary(state).computed
             taken = torch.cuda.memory_reserved() - before if bench.device.type == "cuda" else 0
-            seconds = bench.seconds(run)
+            seconds = bench.seconds(run, warm=True)
             results[way] = (outs, decided, seconds)
             error = off(outs, results["eager"][0])
             if decided != results["eager"][1] or not error < 1e-3:
@@ -365,6 +366,7 @@ SHOWN = {
     "difference_to_ours": "differs by {:.1e}",
     "of_copy": "{:.1%} of copy",
     "over_compiled": "{:.3f} over compiled",
+    "host_seconds": "host {:.2g} s",
     "worst_relative_error": "off by {:.1e}",
     "peak_bytes": "peak {:.3g} bytes",
 }

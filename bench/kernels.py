@@ -1,8 +1,9 @@
 """Every kernel against what it replaces, and against the time its bytes need, on a GPU.
 
 Rows are kernels at the shapes of real models; columns are eager PyTorch, `torch.compile` of the same reference, and the
-kernel: median time, the part of the bandwidth of a measured device copy, and the kernel's time over the compiled
-reference's in the same round. A result that does not match the reference is not timed.
+kernel: median time on the device, the part of the bandwidth of a measured device copy, the kernel's time over the
+compiled reference's in the same round, and the time until the host has queued the kernel. A result that does not match
+the reference is not timed.
 
     python bench/kernels.py [--shapes flux,wan,hunyuan] [--batches 1,2] [--rounds 30] [--out DIR]
     TRITON_INTERPRET=1 python bench/kernels.py --dry-run    # tiny, on the CPU: to try the script
@@ -90,8 +91,11 @@ def check(case: Case, arguments: tuple) -> None:
 
 
 def measure(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of every call, in turn, each behind a flush of the cache."""
-    flush = torch.empty(256 * 2**20 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
+    """Seconds of every call on the device, in turn, each behind a flush of the cache.
+
+    The flush takes the device longer than a call takes the host: it is queued when the device comes to it.
+    """
+    flush = torch.empty(4 * 2**30 if device.type == "cuda" else 1, dtype=torch.int8, device=device)
     samples: list[list[float]] = [[] for _ in calls]
     for n in range(rounds + 3):
         for call, found in zip(calls, samples, strict=True):
@@ -110,6 +114,18 @@ def measure(calls: list[Callable[[], Any]], rounds: int, device: torch.device) -
             if n >= 3:
                 found.append(seconds)
     return samples
+
+
+def on_the_host(call: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """The median of the seconds until a call has queued its work, for a device that is idle."""
+    found = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def rows(shapes: list[str], batches: list[int], rounds: int, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -143,6 +159,8 @@ def rows(shapes: list[str], batches: list[int], rounds: int, device: torch.devic
                     "eager_seconds": statistics.median(eager),
                     "compiled_seconds": statistics.median(fused),
                     "seconds": middle,
+                    "host_seconds": on_the_host(calls[2], rounds, device),
+                    "compiled_host_seconds": on_the_host(calls[1], rounds, device),
                     "p25": low,
                     "p75": high,
                     "bytes": moved,
@@ -169,13 +187,14 @@ def main() -> None:
     else:
         raise SystemExit("No GPU here, and a kernel's time on a CPU means nothing. Use --dry-run to try the script.")
     print(f"{'kernel':<18} {'shape':<8} {'batch':>5} {'eager us':>9} {'compiled':>9} {'kernel':>9} ", end="")
-    print(f"{'GB/s':>7} {'of copy':>8} {'over compiled':>14}")
+    print(f"{'GB/s':>7} {'of copy':>8} {'over compiled':>14} {'host us':>8}")
     made = record(device, rounds)
     for row in rows(shapes, batches, rounds, device):
         made["rows"].append(row)
         times = " ".join(f"{row[name] * 1e6:>9.1f}" for name in ("eager_seconds", "compiled_seconds", "seconds"))
         print(f"{row['kernel']:<18} {row['shape']:<8} {row['batch']:>5} {times} ", end="")
-        print(f"{row['gb_per_second']:>7.0f} {row['of_copy']:>8.1%} {row['over_compiled']:>14.3f}")
+        print(f"{row['gb_per_second']:>7.0f} {row['of_copy']:>8.1%} {row['over_compiled']:>14.3f} ", end="")
+        print(f"{row['host_seconds'] * 1e6:>8.1f}")
     write(made, options.out, "kernels-dry-run" if options.dry_run else "kernels")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import ArgumentError
+from cachekit.releases import PACKAGE
 from cachekit.state import State
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def export(step: CachedStep, path: str | Path, state: State, args: tuple, kwargs
     with torch.no_grad():
         flat = _Flat(step, treespec, args, kwargs)
         program = torch.export.export(flat, (leaves, *given.values()), named, strict=False)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=PACKAGE)
     torch.save(leaves, f"{path}.state.pt")
     names = [pytree.keystr(key) for key, _ in pytree.tree_flatten_with_path(state)[0]]
     record = {

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
+import cachekit_kernels._triton as cachekit_triton
 from cachekit_kernels._triton import _operator, _residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,6 +176,46 @@ CALLS = {
 def test_opcheck(name):
     torch.use_deterministic_algorithms(False)  # what it compares with is another allocation
     torch.library.opcheck(getattr(torch.ops.cachekit, name).default, CALLS[name]())
+
+
+def _seen(call, context):
+    """The operators of ours that whoever watches sees while it runs."""
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    if context == "mode":
+        with Watch():
+            call()
+    elif context == "traced":
+        graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: call(), tracing_mode="real")()
+        seen += [str(node.target) for node in graph.graph.nodes]
+    else:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call()
+        seen += [event.key for event in profile.key_averages()]
+    return [name for name in seen if name.startswith("cachekit")]
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.endswith("_")])
+def test_who_traces_sees_an_operator_and_nobody_else_pays_for_one(name):
+    """The way through the dispatcher takes the host longer than the device needs for a large tensor."""
+    arguments, made = CALLS[name](), getattr(cachekit_triton, name)
+    for context in ("mode", "traced"):
+        assert _seen(lambda: made(*arguments), context) == [f"cachekit.{name}.default"], context
+    assert _seen(lambda: made(*arguments), None) == []
+    wanted = torch.utils._pytree.tree_leaves(getattr(torch.ops.cachekit, name)(*arguments))
+    found = torch.utils._pytree.tree_leaves(made(*arguments))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_transform_of_functions_sees_the_operator():
+    one, other = several(2, X)
+    rows = torch.vmap(lambda a, b: cachekit_triton.residual_change(a, b, False))(one, other)
+    torch.testing.assert_close(rows, cachekit_triton.residual_change(one, other, True).T.unsqueeze(-1))
 
 
 def test_a_gradient_flows_where_there_is_no_formula_for_a_kernel():

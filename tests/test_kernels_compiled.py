@@ -60,6 +60,36 @@ def test_a_compiled_program_sees_the_kernels_and_not_the_operators(tmp_path):
     assert fresh(code, tmp_path) == "7 []"
 
 
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_a_program_writes_to_nothing_by_two_names(streams, tmp_path):
+    # Each would be copied before and copied back after, and the copy that was not written to wins.
+    code = f"""
+        import logging, torch
+        logging.disable(logging.WARNING)
+        from torch._subclasses import FakeTensorMode
+        from torch._functorch.aot_autograd import aot_function
+        from cachekit_kernels import _triton
+
+        seen = []
+        def keep(graph, inputs):
+            for node in graph.graph.nodes:
+                if "triton_kernel_wrapper" in str(node.target):
+                    given = node.kwargs["kwargs"]
+                    seen.append([str(given[name]) for name in given if name.endswith("total_ptr")])
+            return graph
+
+        with FakeTensorMode(), torch.no_grad():
+            x = torch.empty(2, 64, device="cuda")
+            try:
+                aot_function(lambda x: _triton.apply_residual([x] * {streams}, [x] * {streams}), fw_compiler=keep,
+                             inference_compiler=keep)(x)
+            except RuntimeError as error:
+                assert "cuda" in str(error)
+        print(len(seen), all(one != other for one, other in seen))
+    """
+    assert fresh(code, tmp_path) == f"{(streams + 1) // 2} True"
+
+
 KERNELS = {
     "_residual._sums_kernel": {"SUBTRACT": True, "BLOCK": 4096},
     "_residual._ratio_kernel": {"TOKENS": 4, "CHANNELS": 1024},

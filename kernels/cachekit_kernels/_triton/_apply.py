@@ -23,10 +23,12 @@ def apply_residual(bases: list[Tensor], residuals: list[Tensor]) -> list[Tensor]
         for base, residual, total in zip(bases, residuals, sums, strict=True)
         if total.numel()
     ]
-    for first in range(0, len(streams), 2):
-        one, other = streams[first], streams[min(first + 1, len(streams) - 1)]
-        blocks = cdiv(one[2].numel(), ELEMENTS)
-        more = cdiv(other[2].numel(), ELEMENTS) if other is not one else 0
+    if len(streams) % 2:
+        # A kernel has arguments for two. Nothing is written to by two names: who traces copies each, and back.
+        base, residual, total = streams[-1]
+        streams.append((base, residual, total.new_empty(0)))
+    for one, other in zip(streams[::2], streams[1::2], strict=True):
+        blocks, more = cdiv(one[2].numel(), ELEMENTS), cdiv(other[2].numel(), ELEMENTS)
         launch(
             _apply_kernel,
             (blocks + more,),

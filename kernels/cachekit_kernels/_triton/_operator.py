@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from cachekit_kernels._choice import INTERPRETED
 
@@ -17,12 +19,17 @@ ELEMENTS, WARPS = 2048, 8
 """Of a program that looks at each element by itself. A heuristic: 8 elements a thread are one load of 16 bytes of
 bfloat16, two of float32, from every tensor."""
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
 CUTS_OFF = tl.constexpr(INTERPRETED)
 """The interpreter cuts the low bits of a bfloat16 off where a GPU rounds."""
 
 
 def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[..., Any]:
     """Register a function that launches kernels as `torch.ops.cachekit.<name>`.
+
+    The operator is there for those who trace: where nobody does, the function runs as it is. On the way through the
+    dispatcher it costs the host 200 microseconds, more than a device needs for a large tensor.
 
     Args:
         name: of the operator.
@@ -34,9 +41,23 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
         make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         made: Any = make(f"cachekit::{name}", function, mutates_args=mutates)
         made.register_fake(fake)
-        return made
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            return made(*args) if torch.compiler.is_compiling() or _looked_at(args) else function(*args)
+
+        return run
 
     return register
+
+
+def _looked_at(args: tuple) -> bool:
+    """Whether somebody sees what operators are called: a mode, a transform, a tensor that is none of torch's own."""
+    return (
+        torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not all(type(leaf) in PLAIN for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
