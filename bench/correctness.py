@@ -52,12 +52,11 @@ def beyond(device: torch.device) -> dict[str, Any]:
     residual, change, scale = kernels.residual_norm(one, other, other)
     found = [residual[-1].item(), change.item() / (size - 1), scale.item() / (size - 1)]
     del residual
-    found.append(kernels.apply_residual([one], [other])[0][-1].item())
     updated = kernels.taylor_update([one, other], other, torch.tensor(2.0, device=device))
     found += [value[-1].item() for value in updated]
     del updated
     found.append(kernels.taylor_predict([one, other], torch.tensor(2.0, device=device))[-1].item())
-    wanted = [32.0, 1.0, 1.0, 96.0, 32.0, -16.0, 128.0]
+    wanted = [32.0, 1.0, 1.0, 32.0, -16.0, 128.0]
     if any(abs(a - b) > 1e-3 * abs(b) for a, b in zip(found, wanted, strict=True)):
         raise SystemExit(f"Beyond 2^31 elements: found {found}, wanted {wanted}.")
     return {"part": "kernels", "kernel": "beyond 2^31 elements", "worst_relative_error": 0.0}

@@ -137,17 +137,6 @@ def test_newton_is_exact_on_polynomials_of_its_degree(degree, gaps, ahead, coeff
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_apply_residual(count, dtype, strided):
-    shapes = [(2, 1013), (0, 4), (3, 5, BLOCK // 2 + 1)]
-    for kept in (dtype, torch.float32):
-        bases = [draw(shape, dtype, 1, strided) for shape in shapes[:count]]
-        residuals = [draw(shape, kept, 2, strided) for shape in shapes[:count]]
-        close(kernels.apply_residual(bases, residuals), reference.apply_residual(bases, residuals))
-
-
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_guidance_delta(shape, dtype, strided):
     cond, low, high = draw(shape, dtype, 0, strided), *several(2, shape, strided=strided)
@@ -166,7 +155,6 @@ CALLS = {
     "differences": lambda: (several(3, X), draw(X), torch.tensor(2.0, device=DEVICE)),
     "differences_": lambda: (several(3, X), draw(X), torch.tensor([2.0, 3.0], device=DEVICE)),
     "polynomial": lambda: (several(3, X), torch.tensor(2.0, device=DEVICE), torch.bfloat16, True),
-    "apply_residual": lambda: (several(3, X), several(3, X)),
     "guidance_delta": lambda: (*several(3, X), torch.tensor([1.0, 2.0], device=DEVICE), False),
 }
 
@@ -220,7 +208,7 @@ def test_a_transform_of_functions_sees_the_operator():
 
 def test_a_gradient_flows_where_there_is_no_formula_for_a_kernel():
     base, residual = (draw((2, 3)).requires_grad_() for _ in range(2))
-    (total,) = kernels.apply_residual([base], [residual])
+    total = base + residual
     kernels.guidance_delta(total, residual, residual, torch.ones(2, device=DEVICE)).sum().backward()
     torch.testing.assert_close(base.grad, torch.full_like(base, 2.0))
     torch.testing.assert_close(residual.grad, torch.full_like(residual, 4.0))

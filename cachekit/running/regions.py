@@ -53,7 +53,7 @@ class Regions:
 
         def call(*args, **kwargs):
             # The compiler looks at hooks once, when it compiles the first block of a kind.
-            if any(hooks) or any("forward" in held for held in attributes):
+            if any(hooks) or any("forward" in held and _patched(held["forward"]) for held in attributes):
                 return block(*args, **kwargs)
             return compiled(*args, **kwargs)
 
@@ -94,6 +94,12 @@ class Regions:
             kind = self._kinds.index(parts)
             self._inside[key] = Inside(layout, kind, self._kinds[kind], names)
         return self._inside[key]
+
+
+def _patched(forward: Any) -> bool:
+    """Whether this is not the forward of its module's own class. Hooks that are gone leave that one on the module."""
+    module = getattr(forward, "__self__", None)
+    return getattr(forward, "__func__", None) is not type(module).forward if isinstance(module, nn.Module) else True
 
 
 def _region(frame: Frame, parts: Parts) -> Callable[..., Any]:

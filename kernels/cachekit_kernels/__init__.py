@@ -9,13 +9,12 @@ around them.
 Under `TRITON_INTERPRET=1` the kernels run on the CPU, slowly: for tests.
 """
 
-from cachekit_kernels._apply import apply_residual, guidance_delta
 from cachekit_kernels._choice import runs_on
+from cachekit_kernels._guidance import guidance_delta
 from cachekit_kernels._polynomial import newton_predict, newton_update, taylor_predict, taylor_update
 from cachekit_kernels._residual import norm_ratio, residual_change, residual_norm
 
 __all__ = [
-    "apply_residual",
     "guidance_delta",
     "newton_predict",
     "newton_update",

@@ -68,11 +68,6 @@ def newton_predict(differences: Sequence[Tensor], offsets: Tensor, *, dtype: tor
     return total.to(dtype or differences[0].dtype)
 
 
-def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """`base + residual` of every stream."""
-    return [base + residual for base, residual in zip(bases, residuals, strict=True)]
-
-
 def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, cond_first: bool = False) -> Tensor:
     """`u = cond + weights_0 low + weights_1 high`, as the batch `[u, cond]` or `[cond, u]`."""
     uncond = (cond.float() + weights[0] * low + weights[1] * high).to(cond.dtype)

@@ -10,13 +10,12 @@ except ImportError:  # not on this platform, or not whole
     HERE = False
 else:
     HERE = True
-    from cachekit_kernels._triton._apply import apply_residual, guidance_delta
+    from cachekit_kernels._triton._guidance import guidance_delta
     from cachekit_kernels._triton._polynomial import differences, differences_, polynomial
     from cachekit_kernels._triton._residual import norm_ratio, residual_change, residual_norm
 
     __all__ = [
         "HERE",
-        "apply_residual",
         "differences",
         "differences_",
         "guidance_delta",

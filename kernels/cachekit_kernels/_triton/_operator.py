@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from cachekit_kernels._choice import INTERPRETED
 
 ELEMENTS, WARPS = 2048, 8
 """Of a program that looks at each element by itself. A heuristic: 8 elements a thread are one load of 16 bytes of
-bfloat16, two of float32, from every tensor."""
+bfloat16, two of float32, from every tensor. All kernels have as many warps."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -29,7 +30,7 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
     """Register a function that launches kernels as `torch.ops.cachekit.<name>`.
 
     The operator is there for those who trace: where nobody does, the function runs as it is. On the way through the
-    dispatcher it costs the host 200 microseconds, more than a device needs for a large tensor.
+    dispatcher it costs the host more than a device needs for a large tensor.
 
     Args:
         name: of the operator.
@@ -44,27 +45,67 @@ def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -
 
         @functools.wraps(function)
         def run(*args: Any) -> Any:
-            return made(*args) if torch.compiler.is_compiling() or _looked_at(args) else function(*args)
+            if torch.compiler.is_compiling() or _looked_at(args):
+                return made(*args)
+            token = _DIRECT.set(True)
+            try:
+                return function(*args)
+            finally:
+                _DIRECT.reset(token)
 
         return run
 
     return register
 
 
+_DIRECT: ContextVar[bool] = ContextVar("direct", default=False)
+
+
 def _looked_at(args: tuple) -> bool:
     """Whether somebody sees what operators are called: a mode, a transform, a tensor that is none of torch's own."""
-    return (
+    if (
         torch.utils._python_dispatch._get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or not all(type(leaf) in PLAIN for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor))
-    )
+    ):
+        return True
+    leaves = chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)
+    return any(isinstance(leaf, Tensor) and type(leaf) not in PLAIN for leaf in leaves)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Run a kernel, in a way that traces."""
-    run = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+    """Run a kernel on tensors and whole numbers, in a way that traces where somebody does."""
     with _on(next(arg for arg in args if isinstance(arg, Tensor)).device):
-        run[grid](*args, **constants)
+        if INTERPRETED:
+            kernel[grid](*args, **constants)
+        elif not _DIRECT.get():
+            torch.library.wrap_triton(kernel)[grid](*args, **constants, num_warps=WARPS)
+        else:
+            _launch_again(kernel, grid, args, constants)
+
+
+_COMPILED: dict[tuple, Any] = {}
+"""Kernels by all that Triton compiles one for."""
+
+
+def _launch_again(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any]) -> None:
+    """Run a kernel that may be compiled already.
+
+    Triton finds that out with more care than these few kernels need: it takes the host longer than the launch.
+    """
+    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.values())
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        _COMPILED[key] = kernel[grid](*args, **constants, num_warps=WARPS)
+    else:
+        rest = (constants[name] for name in kernel.arg_names[len(args) :])
+        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _kind(arg: Any) -> Any:
+    """What a kernel is compiled for of an argument: loads are wide where it is a multiple of 16."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, arg.data_ptr() % 16 == 0
+    return arg == 1, arg % 16 == 0, arg < 2**31
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -77,7 +118,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def launch_each(kernel: Any, size: int, *args: Any, **constants: Any) -> None:
     """Run a kernel over as many elements, a block of them a program; its last plain argument is their number."""
     if size:
-        launch(kernel, (cdiv(size, ELEMENTS),), *args, size, **constants, BLOCK=ELEMENTS, num_warps=WARPS)
+        launch(kernel, (cdiv(size, ELEMENTS),), *args, size, **constants, BLOCK=ELEMENTS)
 
 
 def cdiv(whole: int, part: int) -> int:

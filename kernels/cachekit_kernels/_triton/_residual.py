@@ -14,7 +14,7 @@ from cachekit_kernels._triton._operator import cdiv, launch, loaded, operator, r
 # A heuristic, not a search. 4096 elements over 8 warps are 16 a thread: two loads of 16 bytes of bfloat16, four of
 # float32, for every input, which is enough in flight to reach the bandwidth of memory. So many programs that every
 # multiprocessor of a large GPU has several, and a number of its own: the order of a sum must not depend on the device.
-BLOCK, WARPS, PROGRAMS = 4096, 8, 1056
+BLOCK, PROGRAMS = 4096, 1056
 TOKENS, CHANNELS = 4, 1024
 
 
@@ -62,7 +62,6 @@ def _sums(residual: Tensor, reference: Tensor, rows: bool, output: Tensor | None
         programs,
         SUBTRACT=output is not None,
         BLOCK=BLOCK,
-        num_warps=WARPS,
     )
     return partial.sum(-1)
 
@@ -131,7 +130,6 @@ def norm_ratio(residual: Tensor, reference: Tensor) -> Tensor:
         programs,
         TOKENS=TOKENS,
         CHANNELS=CHANNELS,
-        num_warps=WARPS,
     )
     return partial.sum()
 

@@ -2,38 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from cachekit_kernels import reference as plain
 from cachekit_kernels._choice import kernels_for, same
-
-
-def apply_residual(bases: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """`base + residual` of every stream of a chain, two streams a launch.
-
-    Args:
-        bases: what came into the chain, each [...].
-        residuals: of the same shapes.
-
-    Returns:
-        The sums, in the wider dtype of each two.
-
-    Raises:
-        ValueError: as many bases as residuals are needed, and of their shapes.
-
-    Example:
-        >>> import torch
-        >>> apply_residual([torch.tensor([1.0])], [torch.tensor([0.5])])
-        [tensor([1.5000])]
-    """
-    for base, residual in zip(bases, residuals, strict=True):
-        same("apply_residual", base=base, residual=residual)
-    kernels = kernels_for(*bases, *residuals, fusible=True)
-    if kernels is None:
-        return plain.apply_residual(bases, residuals)
-    return kernels.apply_residual(list(bases), list(residuals))
 
 
 def guidance_delta(cond: Tensor, low: Tensor, high: Tensor, weights: Tensor, *, cond_first: bool = False) -> Tensor:
