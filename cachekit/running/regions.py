@@ -7,9 +7,11 @@ their names inside the block, and what they remember comes in and goes out under
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from cachekit.running.frames import EAGER, Frame, call_frames
@@ -37,6 +39,7 @@ class Regions:
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._kinds: list[Parts] = []
         self._inside: dict[Any, Inside] = {}
+        self._told = False
 
     def block(self, path: str, block: Callable[..., Any], original: nn.Module, *, sites: bool) -> Callable[..., Any]:
         """What to call in the place of a block.
@@ -54,10 +57,21 @@ class Regions:
         def call(*args, **kwargs):
             # The compiler looks at hooks once, when it compiles the first block of a kind.
             if any(hooks) or any("forward" in held and _patched(held["forward"]) for held in attributes):
+                self._tell(path, "hook" if any(hooks) else "patched forward")
                 return block(*args, **kwargs)
             return compiled(*args, **kwargs)
 
         return call
+
+    def _tell(self, path: str, what: str) -> None:
+        if self._told or torch.compiler.is_compiling():
+            return
+        self._told = True
+        warnings.warn(
+            f"The block {path} runs as it is, not compiled: a {what} is on it or in it, and a compiler looks at the "
+            "first block of a kind only. So does every other block with one. Remove it, or leave out regional=True.",
+            stacklevel=2,
+        )
 
     def _call(self, path: str, block: Callable[..., Any], /, *args, **kwargs) -> Any:
         frame = call_frames.stack[-1]

@@ -29,8 +29,8 @@ CUTS_OFF = tl.constexpr(INTERPRETED)
 def operator(name: str, fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Callable[..., Any]:
     """Register a function that launches kernels as `torch.ops.cachekit.<name>`.
 
-    The operator is there for those who trace: where nobody does, the function runs as it is. On the way through the
-    dispatcher it costs the host more than a device needs for a large tensor.
+    The operator is there for those who trace. Where nobody does, the function runs as it is: the way through the
+    dispatcher takes time of the host, at every site.
 
     Args:
         name: of the operator.
@@ -75,37 +75,8 @@ def _looked_at(args: tuple) -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a kernel on tensors and whole numbers, in a way that traces where somebody does."""
     with _on(next(arg for arg in args if isinstance(arg, Tensor)).device):
-        if INTERPRETED:
-            kernel[grid](*args, **constants)
-        elif not _DIRECT.get():
-            torch.library.wrap_triton(kernel)[grid](*args, **constants, num_warps=WARPS)
-        else:
-            _launch_again(kernel, grid, args, constants)
-
-
-_COMPILED: dict[tuple, Any] = {}
-"""Kernels by all that Triton compiles one for."""
-
-
-def _launch_again(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict[str, Any]) -> None:
-    """Run a kernel that may be compiled already.
-
-    Triton finds that out with more care than these few kernels need: it takes the host longer than the launch.
-    """
-    key = (id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.values())
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        _COMPILED[key] = kernel[grid](*args, **constants, num_warps=WARPS)
-    else:
-        rest = (constants[name] for name in kernel.arg_names[len(args) :])
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
-
-
-def _kind(arg: Any) -> Any:
-    """What a kernel is compiled for of an argument: loads are wide where it is a multiple of 16."""
-    if isinstance(arg, Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    return arg == 1, arg % 16 == 0, arg < 2**31
+        run = kernel if INTERPRETED or _DIRECT.get() else torch.library.wrap_triton(kernel)
+        run[grid](*args, **constants, num_warps=WARPS)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
