@@ -12,4 +12,4 @@ from typing import Any
 
 import torch
 
-PACKAGE: dict[str, Any] = {"allow_buffer_reuse": False} if torch.__version__ < (2, 13) else {}
+PACKAGE: dict[str, Any] = {"allow_buffer_reuse": False} if torch.__version__ < "2.13" else {}

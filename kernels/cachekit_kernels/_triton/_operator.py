@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from cachekit_kernels._choice import INTERPRETED
 
@@ -63,10 +65,7 @@ _DIRECT: ContextVar[bool] = ContextVar("direct", default=False)
 
 def _looked_at(args: tuple) -> bool:
     """Whether somebody sees what operators are called: a mode, a transform, a tensor that is none of torch's own."""
-    if (
-        torch.utils._python_dispatch._get_current_dispatch_mode() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if _get_current_dispatch_mode() is not None or peek_interpreter_stack() is not None:
         return True
     leaves = chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)
     return any(isinstance(leaf, Tensor) and type(leaf) not in PLAIN for leaf in leaves)
