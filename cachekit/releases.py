@@ -1,9 +1,9 @@
 """What differs between the releases of torch that are supported, where it cannot be written so that it does not matter.
 
 Attributes:
-    PACKAGE: options of Inductor for a package. In 2.11 and 2.12 it plans the memory of both branches of a decision by
-        the sizes of the graph around them, and ends with "Start index ... out of bounds" where a branch is longer.
-        Without planned reuse the allocator does that work while the package runs.
+    PACKAGE: options of Inductor for a package. In 2.11, no more in 2.13, it plans the memory of both branches of a
+        decision by the sizes of the graph around them, and ends with "Start index ... out of bounds" where a branch is
+        longer. Without planned reuse the allocator does that work while the package runs.
 """
 
 from __future__ import annotations
