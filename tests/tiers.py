@@ -58,7 +58,7 @@ FAST: dict[str, str] = {
     "test_bench.py::test_the_gpu_benchmark_runs_dry_and_writes_every_row": r"^kernels$",
     "test_grid.py::test_what_others_write_to_compiled": r"^attention$",
     "test_guidance.py::test_two_calls_compiled": r"^programs$",
-    "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux-pyramid_attention_broadcast",
+    "test_modules_compiled.py::test_nothing_compiles_twice": r"^Flux-pyramid_attention_broadcast-programs$",
     "test_modules_compiled.py::test_regional": r"^taylorseer$",
     "test_docs.py::test_every_block_of_a_page_runs": r"api/|docs/index|your-own-dit",
     "test_docs.py::test_every_block_of_a_docstring_runs": r"cached$",
@@ -91,7 +91,7 @@ FAST: dict[str, str] = {
     "test_waiting.py::test_the_text_half_of_the_probe_is_computed_where_the_rest_is": r"^Flux$",
     "test_pipelines.py::test_streams_without_names_are_told_apart": r"^kandinsky|first_block$",
     "test_structure.py::test_compiled_skips_are_those_of_a_cache_by_hand": r"^(swapped|skips)-",
-    "test_kernels_compiled.py": r"sums_kernel|^$",
+    "test_kernels_compiled.py": r"sums_kernel|^2$|^$",
 }
 """Test, or file -> a pattern of the parameters with which it is run at once; the rest is slow."""
 
@@ -111,6 +111,7 @@ _OF_THE_DEMO = tuple(
 
 SLOW: dict[str, str] = {
     "test_cli.py::test_explain_of_a_model_of_real_size_computes_nothing": "a model of billions of parameters, on meta",
+    "test_bench.py::test_the_kernel_benchmark_runs_dry_and_writes_every_row": "the GPU benchmark runs its rows",
     "test_compiled.py::test_export_runs_in_a_process_that_knows_only_torch": "AOTInductor",
     "test_modules_compiled.py::test_inductor_equals_eager": "Inductor, on models of many sites",
     "test_modules_compiled.py::test_one_graph_of_inductor_equals_eager": "Inductor, on models of many sites",
