@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 
@@ -165,10 +164,9 @@ def test_a_state_that_is_given_away_is_written_to(flux):
     close(found, wanted, 1e-5)
 
 
-def test_bfloat16_decides_as_on_a_cpu(flux):
+def test_bfloat16_decides_as_on_a_cpu():
     policy = ck.mag_cache([1.0] * STEPS, max_skips=2)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = specimen("Flux")
         here = found.model.bfloat16()

@@ -9,8 +9,8 @@ import byhand
 import pytest
 import tiers
 import torch
+import ways
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
@@ -116,18 +116,7 @@ AT_ONCE = tiers.covering(*COMPILED)
 )
 def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
     step = ck.cache(byhand.net(), policy(sites, decider, forecaster))
-    wanted, end = run(step)
-    counters.clear()
-    compiled = step.compile(backend="aot_eager") if way == "programs" else None
-    call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        outputs, state = run(call, (compiled or step).init)
-        for one, other in zip(outputs, wanted, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-        assert ck.summary(state).computed == ck.summary(end).computed
-        assert pytree.tree_structure(state) == pytree.tree_structure(end)
-    assert counters["stats"]["unique_graphs"] == (1 if way == "one graph" else 2 + (decider == "drift"))
-    assert not counters["graph_break"]
+    ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5)
 
 
 @pytest.mark.compiles

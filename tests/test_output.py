@@ -8,9 +8,9 @@ import byhand
 import dit
 import pytest
 import torch
+import ways
 from dit import feed
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
@@ -98,21 +98,8 @@ def test_nothing_of_the_model_runs_on_a_reuse_but_the_probe(decider):
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_every_way_to_run_is_the_same(decider, forecaster):
     step = ck.cache(dit.dit("two"), policy(decider, forecaster))
-    wanted, end = run(step)
     for way, graphs in (("one graph", 1), ("programs", 2 + bool(DECIDERS[decider][1]))):
-        torch._dynamo.reset()
-        counters.clear()
-        compiled = step.compile(backend="aot_eager") if way == "programs" else None
-        call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
-        for _ in range(2):
-            outputs, state = run(call, (compiled or step).init)
-            for one, other in zip(outputs, wanted, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
-            assert ck.summary(state).computed == ck.summary(end).computed
-            torch.testing.assert_close(state.signal, end.signal, equal_nan=True)
-            assert pytree.tree_structure(state) == pytree.tree_structure(end)
-        assert counters["stats"]["unique_graphs"] == graphs
-        assert not counters["graph_break"]
+        ways.assert_alike(step, run, way, graphs, 1e-6)
 
 
 @pytest.mark.parametrize("decider", DECIDERS)
