@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -39,19 +40,36 @@ def maker(function: Callable[[zoo.Draw, int], Built]) -> Callable[[zoo.Draw, int
     return function
 
 
-def piped(name: str, *, batch: int = 1, models: dict[str, nn.Module] | None = None, **changed: Any) -> Piped:
+def new(name: str, seed: int) -> nn.Module:
+    """A transformer of the zoo."""
+    return zoo.specimen(name, seed).model
+
+
+shared = functools.cache(new)
+"""The same transformer at every call, and so what was recorded of it: for tests that change nothing about it."""
+
+
+def piped(
+    name: str,
+    *,
+    batch: int = 1,
+    models: dict[str, nn.Module] | None = None,
+    transformer: Callable[[str, int], nn.Module] = new,
+    **changed: Any,
+) -> Piped:
     """A pipeline; equal names give equal weights and inputs.
 
     Args:
         name: of the maker.
         batch: of the prompts.
-        models: transformers to use instead of new ones.
+        models: transformers by the part of the pipeline.
+        transformer: makes the others from a name of the zoo and a seed.
         **changed: arguments of the call, beside those that it needs.
     """
     kind, components, given = MAKERS[name](zoo.Draw(7), batch)
-    for part, transformer in components.items():
-        if isinstance(transformer, str):
-            components[part] = (models or {}).get(part) or zoo.specimen(transformer, 1 if part[-1] == "2" else 0).model
+    for part, of in components.items():
+        if isinstance(of, str):
+            components[part] = (models or {}).get(part) or transformer(of, 1 if part[-1] == "2" else 0)
     pipe = getattr(diffusers, kind)(**components)
     pipe.set_progress_bar_config(disable=True)
     return Piped(
@@ -64,9 +82,14 @@ def image(piped: Piped, seed: int = 0, **changed: Any) -> Tensor:
     return piped.pipe(**{**piped.given, **changed}, generator=torch.Generator().manual_seed(seed))[0]
 
 
+def plain(name: str, **how: Any) -> Tensor:
+    """What a call returns without any cache."""
+    return image(piped(name, transformer=shared, **how))
+
+
 def cached(name: str, policy: Any, **how: Any) -> tuple[Tensor, ckd.Run]:
     """The same under ours."""
-    made = piped(name, **how)
+    made = piped(name, transformer=shared, **how)
     with ckd.cached(made.pipe, policy) as run:
         return image(made), run
 

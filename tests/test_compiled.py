@@ -76,13 +76,13 @@ def test_one_graph_for_every_step_trajectory_and_length(name, method):
     sp = specimen(name)
     counters.clear()
     with torch.no_grad():
-        step = ck.cache(sp.model, policy_for(method, sp, 50))
+        step = ck.cache(sp.model, policy_for(method, sp, 24))
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        same(step, compiled, sp, 50)
+        same(step, compiled, sp, 24)
         assert counters["stats"]["unique_graphs"] == 1
         with torch._dynamo.config.patch(error_on_recompile=True):
-            same(step, compiled, sp, 50)
-            same(step, compiled, sp, 23)
+            same(step, compiled, sp, 24)
+            same(step, compiled, sp, 11)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
@@ -93,14 +93,14 @@ def test_one_program_an_action(name, method):
     sp = specimen(name)
     counters.clear()
     with torch.no_grad():
-        step = ck.cache(sp.model, policy_for(method, sp, 50))
+        step = ck.cache(sp.model, policy_for(method, sp, 24))
         compiled = step.compile(backend="aot_eager")
-        same(step, compiled, sp, 50, compiled.init(50, **sp.inputs(0)))
+        same(step, compiled, sp, 24, compiled.init(24, **sp.inputs(0)))
         programs = 3 if method == "first_block_cache" else 2
         assert counters["stats"]["unique_graphs"] == programs
         with torch._dynamo.config.patch(error_on_recompile=True):
-            same(step, compiled, sp, 50, compiled.init(50, **sp.inputs(0)))
-            same(step, compiled, sp, 23, compiled.init(23, **sp.inputs(0)))
+            same(step, compiled, sp, 24, compiled.init(24, **sp.inputs(0)))
+            same(step, compiled, sp, 11, compiled.init(11, **sp.inputs(0)))
     assert counters["stats"]["unique_graphs"] == programs
     assert not counters["graph_break"]
 
@@ -133,7 +133,7 @@ def test_another_sequence_length_costs_one_more_graph_at_most(way):
         compiled = step.compile(backend="eager") if way == "programs" else None
         call = compiled or torch.compile(step, fullgraph=True, backend="eager")
         graphs = []
-        for tokens in (6, 9, 11, 14):
+        for tokens in (6, 9, 11):
             state, wanted = (compiled or step).init(6, **inputs(0, tokens)), step.init(6, **inputs(0, tokens))
             for i in range(6):
                 out, state = call(state, **inputs(i, tokens))
@@ -141,7 +141,7 @@ def test_another_sequence_length_costs_one_more_graph_at_most(way):
                 assert error(out, right) < 1e-4
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] <= 2 * graphs[0]
-    assert graphs[1:] == graphs[1:2] * 3
+    assert graphs[1:] == graphs[1:2] * 2
 
 
 @pytest.mark.parametrize("name", ["Flux", "Wan"])

@@ -243,7 +243,7 @@ def test_what_does_not_fit():
 @pytest.mark.parametrize("way", ["eager", "programs", "one graph"])
 def test_an_unconditional_call_with_nothing_to_answer_from_computes(way):
     """Guidance that begins late, or was left out on a full step, is no delta of zero."""
-    model = byhand.net()
+    model = byhand.net(depth=2)
     step = ck.cache(model, ck.faster_cache(uncond=4, cfg="separate", layout=LAYOUT, uncond_range=(-1, 2000)))
     if way == "programs":
         step = step.compile(backend="aot_eager")
@@ -275,7 +275,7 @@ def test_an_answered_state_is_refused():
 
 
 def test_the_unconditional_program_follows_the_model():
-    model = byhand.net()
+    model = byhand.net(depth=2)
     model.scale = torch.nn.Parameter(torch.tensor(1.0)) if hasattr(model, "scale") else 1.0
     forward = type(model).forward
 
@@ -297,7 +297,7 @@ def test_the_unconditional_program_follows_the_model():
 
 
 def test_explain_counts_the_programs_of_both_calls():
-    step = ck.cache(byhand.net(), policy())
+    step = ck.cache(byhand.net(depth=2), policy())
     text = str(step.explain(TIMES, *feed(0, True)))
     counters.clear()
     separate(step.compile(backend="aot_eager"))

@@ -6,6 +6,7 @@ And where the hooks look in vain: attention that their names do not match.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -66,12 +67,24 @@ def attentions(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def sample(model: nn.Module, call: Callable[[int], Any]) -> Sampled:
-    """Call once a step and see which attention modules ran: hooks and sites leave the inside of a module alone."""
+def watch(model: nn.Module) -> set[str]:
+    """Which attention modules ran: hooks and sites leave the inside of a module alone."""
     now: set[str] = set()
     for name, module in attentions(model).items():
         inside = next(layer for layer in module.modules() if isinstance(layer, nn.Linear))
         inside.register_forward_hook(lambda layer, args, out, name=name: now.add(name))
+    return now
+
+
+@functools.cache
+def watched(name: str) -> tuple[zoo.Specimen, set[str]]:
+    """A specimen that no hook of diffusers touches, the same at every call, and what ran of it."""
+    specimen = zoo.specimen(name)
+    return specimen, watch(specimen.model)
+
+
+def sample(call: Callable[[int], Any], now: set[str]) -> Sampled:
+    """Call once a step and see which attention modules ran."""
     sampled = Sampled([], [])
     for step in range(STEPS):
         now.clear()
@@ -96,12 +109,13 @@ def hooked(
         with CacheMixin.cache_context(specimen.model, "cond"):
             return specimen.model(**specimen.inputs(step))
 
-    return sample(specimen.model, call)
+    return sample(call, watch(specimen.model))
 
 
 def cached(name: str, policy: ck.Policy, wrap: Callable = lambda specimen: specimen) -> Sampled:
     """The model under ours."""
-    specimen = wrap(zoo.specimen(name))
+    specimen, now = watched(name)
+    specimen = wrap(specimen)
     step = ck.cache(specimen.model, policy)
     state = step.init(TIMES, **specimen.inputs(0))
 
@@ -110,7 +124,7 @@ def cached(name: str, policy: ck.Policy, wrap: Callable = lambda specimen: speci
         out, state = step(state, **specimen.inputs(at))
         return out
 
-    return sample(specimen.model, call)
+    return sample(call, now)
 
 
 def assert_alike(ours: Sampled, theirs: Sampled) -> None:

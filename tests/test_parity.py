@@ -5,6 +5,7 @@ Also where the two part on purpose: a NaN in the probe, control hints added twic
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
@@ -143,11 +144,18 @@ def sample(call: Callable[[int], Any], ran: list[int], steps: int) -> Sampled:
     return sampled
 
 
+@functools.cache
+def watched(name: str) -> tuple[zoo.Specimen, list[int]]:
+    """A specimen that no hook of diffusers touches, the same at every call, and whether its watched block ran."""
+    specimen = zoo.specimen(name)
+    return specimen, watch(specimen.model)
+
+
 def uncached(name: str, steps: int = STEPS, inputs: Inputs | None = None) -> Sampled:
     """The model itself."""
-    specimen = zoo.specimen(name)
+    specimen, ran = watched(name)
     inputs = inputs or specimen.inputs
-    return sample(lambda step: specimen.model(**inputs(step)), watch(specimen.model), steps)
+    return sample(lambda step: specimen.model(**inputs(step)), ran, steps)
 
 
 def hooked(name: str, config: Any, steps: int = STEPS, inputs: Inputs | None = None) -> Sampled:
@@ -173,9 +181,8 @@ def cached(
     name: str, policy: ck.Policy, steps: int = STEPS, inputs: Inputs | None = None
 ) -> tuple[Sampled, ck.Summary]:
     """The model under ours."""
-    specimen = zoo.specimen(name)
+    specimen, ran = watched(name)
     inputs = inputs or specimen.inputs
-    ran = watch(specimen.model)
     step = ck.cache(specimen.model, policy)
     state = step.init(steps, **inputs(0))
 

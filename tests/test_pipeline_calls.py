@@ -214,7 +214,7 @@ def test_another_shape_in_the_midst_of_a_call_begins_anew():
 def test_guidance_in_two_calls_of_which_one_never_comes():
     policy = ck.faster_cache(uncond=2, uncond_range=(-1, 1001), attention_range=(-1, 1001))
     ours, run = piping.cached("wan", policy, guidance_scale=1.0)
-    assert piping.gap(ours, piping.image(piping.piped("wan", guidance_scale=1.0))) < 0.05
+    assert piping.gap(ours, piping.plain("wan", guidance_scale=1.0)) < 0.05
     assert [stream.computed for stream in run.summary().streams.values()] == [(True, False) * 4]
 
 
@@ -503,7 +503,7 @@ def pickled(pipe: Any) -> Any:
 )
 def test_a_copy_of_a_pipeline_is_not_cached_and_runs_its_own_transformer(make):
     made, another = piping.piped("wan"), zoo.specimen("Wan", 5).model
-    plain = piping.image(piping.piped("wan", models={"transformer": another}))
+    plain = piping.plain("wan", models={"transformer": another})
     with ckd.cached(made.pipe, ck.first_block_cache(0.1)) as run:
         cached = piping.image(made)
         other = made._replace(pipe=make(made.pipe))

@@ -145,7 +145,7 @@ def test_compiled_steps_are_kept_from_call_to_call(name, options):
     assert torch.equal(again, image) and piping.gap(image, expected) < 1e-4
     computed = [stream.computed for stream in run.summary().streams.values()]
     assert computed == [stream.computed for stream in plain.summary().streams.values()]
-    assert torch.equal(piping.image(pipe), piping.image(piping.piped(name)))
+    assert torch.equal(piping.image(pipe), piping.plain(name))
 
 
 def test_compile_takes_arguments_and_nothing_else():

@@ -81,7 +81,7 @@ def check_alike(name: str, make: Callable[[], Any], theirs: Tensor | None = None
     ours, run = piping.cached(name, make(), num_inference_steps=steps)
     assert piping.gap(ours, theirs) <= TOLERANCE
     assert all(len(set(pattern)) == 2 for pattern in patterns(run))
-    assert piping.gap(ours, piping.image(piping.piped(name, num_inference_steps=steps))) > TOLERANCE
+    assert piping.gap(ours, piping.plain(name, num_inference_steps=steps)) > TOLERANCE
     return run
 
 
@@ -218,7 +218,7 @@ def test_pyramid_attention_broadcast_takes_cross_attention_for_spatial_there():
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "ltx"])
 def test_taylorseer_finds_nothing_there(name):
-    plain = piping.image(piping.piped(name, num_inference_steps=STEPS))
+    plain = piping.plain(name, num_inference_steps=STEPS)
     assert torch.equal(piping.hooked(name, taylor(), num_inference_steps=STEPS), plain)
     named = taylor(cache_identifiers=[r"(transformer_|)blocks\.\d+\.attn\d"])
     check_alike(name, taylor, piping.hooked(name, named, num_inference_steps=STEPS))
@@ -293,7 +293,7 @@ def test_classes_on_which_the_hooks_fail(name, make):
     with pytest.raises((ValueError, RuntimeError, AttributeError, TypeError, LookupError)):
         piping.hooked(name, make(), num_inference_steps=STEPS)
     ours, run = piping.cached(name, make(), num_inference_steps=STEPS)
-    plain = piping.image(piping.piped(name, num_inference_steps=STEPS))
+    plain = piping.plain(name, num_inference_steps=STEPS)
     assert torch.isfinite(ours).all() and not torch.equal(ours, plain)
     assert all(len(set(pattern)) == 2 for pattern in patterns(run))
 
