@@ -6,6 +6,7 @@ The forecasts are written from the formulas, in float64; the engine sees none of
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,10 @@ def net(**options: Any) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Net(**options).eval()
+
+
+shared = functools.cache(net)
+"""The same model at every call, and so what was recorded of it: for tests that change nothing about it."""
 
 
 def hold(points: dict[int, Tensor], at: int) -> Tensor:

@@ -7,6 +7,7 @@ is a plain loop; `Reference` replaces it on a copy by the cache one would write 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -226,6 +227,10 @@ def dit(flow: str = "plain", depth: int = 4, seed: int = 0) -> DiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return DiT(flow, depth).eval()
+
+
+shared = functools.cache(dit)
+"""The same model at every call, and so what was recorded of it: for tests that change nothing about it."""
 
 
 def feed(step: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -117,31 +117,46 @@ def test_inductor_equals_eager(name, way):
         same(step, compiled, sp, 12, (compiled if way == "programs" else step).init(12, **sp.inputs(0)))
 
 
-@pytest.mark.parametrize("way", ["one graph", "programs"])
-def test_another_sequence_length_costs_one_more_graph_at_most(way):
+def of_flux(tokens: int):
+    """Flux, and what it is called with at a step under so many tokens of text."""
     sp = specimen("Flux")
-    counters.clear()
 
-    def inputs(i, tokens):
+    def inputs(i):
         given = sp.inputs(i)
         given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :1].repeat(1, tokens, 1)
         given["txt_ids"] = given["txt_ids"][:1].repeat(tokens, 1)
         return given
 
+    return sp.model, inputs
+
+
+def of_dit(tokens: int):
+    """The same of a plain transformer."""
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 6, CHANNELS, generator=generator), torch.randn(1, tokens, CHANNELS, generator=generator)
+    return DiT(), lambda i: {"x": x + 0.1 * i, "t": torch.full((1,), 1 - 0.1 * i), "text": text}
+
+
+@pytest.mark.parametrize("way", ["one graph", "programs"])
+@pytest.mark.parametrize("of", [of_dit, of_flux], ids=["DiT", "Flux"])
+def test_another_sequence_length_costs_one_more_graph_at_most(of, way):
+    model, _ = of(6)
+    counters.clear()
     with torch.no_grad():
-        step = ck.cache(sp.model, ck.step_mask([True, False] * 4))
+        step = ck.cache(model, ck.step_mask([True, False] * 4))
         compiled = step.compile(backend="eager") if way == "programs" else None
         call = compiled or torch.compile(step, fullgraph=True, backend="eager")
         graphs = []
-        for tokens in (6, 9, 11):
-            state, wanted = (compiled or step).init(6, **inputs(0, tokens)), step.init(6, **inputs(0, tokens))
+        for tokens in (6, 9, 11, 14):
+            _, inputs = of(tokens)
+            state, wanted = (compiled or step).init(6, **inputs(0)), step.init(6, **inputs(0))
             for i in range(6):
-                out, state = call(state, **inputs(i, tokens))
-                right, wanted = step(wanted, **inputs(i, tokens))
+                out, state = call(state, **inputs(i))
+                right, wanted = step(wanted, **inputs(i))
                 assert error(out, right) < 1e-4
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] <= 2 * graphs[0]
-    assert graphs[1:] == graphs[1:2] * 2
+    assert graphs[1:] == graphs[1:2] * 3
 
 
 @pytest.mark.parametrize("name", ["Flux", "Wan"])
@@ -224,17 +239,19 @@ def test_a_replaced_module_is_compiled_anew(method):
 
 
 def test_a_wrong_call_of_a_compiled_step_is_no_wrong_result():
-    sp = specimen("Wan")
+    model, inputs = of_dit(5)
     with torch.no_grad():
-        step = ck.cache(sp.model, ck.step_mask([1, 0]))
+        step = ck.cache(model, ck.step_mask([1, 0]))
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-        _, state = run(compiled, step.init(2, **sp.inputs(0)), sp, 2)
+        state = step.init(2, **inputs(0))
+        for i in range(2):
+            _, state = compiled(state, **inputs(i))
         with pytest.raises(RuntimeError, match="all of its timesteps"):
-            compiled(state, **sp.inputs(2))
-        smaller = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in sp.inputs(0).items()}
-        state = step.init(2, **sp.inputs(0))
+            compiled(state, **inputs(2))
+        longer = of_dit(7)[1](0)
+        state = step.init(2, **inputs(0))
         with pytest.raises(Exception, match="the state holds"):
-            compiled(state, **smaller)
+            compiled(state, **{**longer, "x": longer["x"].repeat(2, 1, 1)})
 
 
 LOADER = """

@@ -69,7 +69,7 @@ def run(step: Any, init: Any = None) -> tuple[list[Tensor], ck.State]:
 @pytest.mark.parametrize("decider", DECIDERS)
 @pytest.mark.parametrize("sites", SITES)
 def test_every_cell_is_the_cache_by_hand(sites, decider, forecaster):
-    model = byhand.net()
+    model = byhand.shared()
     outputs, state = run(ck.cache(model, policy(sites, decider, forecaster)))
     computed = ck.summary(state).computed
     assert {True, False} == set(computed)
@@ -87,7 +87,7 @@ def test_every_cell_is_the_cache_by_hand(sites, decider, forecaster):
 
 @pytest.mark.parametrize("sites", ["attention", "attention+mlp"])
 def test_what_others_write_to_is_remembered_as_it_was(sites):
-    model = byhand.net(inplace=True)
+    model = byhand.shared(inplace=True)
     for forecaster in ("hold", "taylor 1"):
         outputs, _ = run(ck.cache(model, policy(sites, "mask", forecaster)))
         cache = byhand.Cache(model, sites, FORECASTERS[forecaster][1], MASK)
@@ -96,7 +96,7 @@ def test_what_others_write_to_is_remembered_as_it_was(sites):
 
 
 def test_what_the_caller_writes_to_the_output_stays_out_of_the_state():
-    step = ck.cache(byhand.net(), policy("output", "mask", "hold"))
+    step = ck.cache(byhand.shared(), policy("output", "mask", "hold"))
     right, _ = run(step)
     state = step.init(STEPS, *feed(0))
     for index in range(STEPS):
@@ -115,7 +115,7 @@ AT_ONCE = tiers.covering(*COMPILED, without=[(0, 2)])  # sites with forecasters:
     [pytest.param(*cell, marks=[] if cell in AT_ONCE else pytest.mark.slow) for cell in itertools.product(*COMPILED)],
 )
 def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
-    step = ck.cache(byhand.net(depth=2), policy(sites, decider, forecaster))
+    step = ck.cache(byhand.shared(depth=2), policy(sites, decider, forecaster))
     ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5)
 
 
@@ -125,8 +125,8 @@ def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
 @pytest.mark.parametrize("sites", ["chain", "attention+mlp", "output"])
 def test_a_state_that_is_given_away_is_written_to(sites, decider, way):
     cell = policy(sites, decider, "newton 2")
-    wanted, end = run(ck.cache(byhand.net(), cell))
-    step = ck.cache(byhand.net(), cell, donate=True)
+    wanted, end = run(ck.cache(byhand.shared(depth=2), cell))
+    step = ck.cache(byhand.shared(depth=2), cell, donate=True)
     if way == "programs":
         step = step.compile(backend="aot_eager")
     call = torch.compile(step, fullgraph=True, backend="aot_eager") if way == "one graph" else step
@@ -148,7 +148,7 @@ def test_a_state_that_is_given_away_is_written_to(sites, decider, way):
 @pytest.mark.compiles
 @pytest.mark.parametrize("sites", ["attention", "attention+mlp"])
 def test_what_others_write_to_compiled(sites):
-    step = ck.cache(byhand.net(inplace=True), policy(sites, "mask", "hold"))
+    step = ck.cache(byhand.shared(depth=2, inplace=True), policy(sites, "mask", "hold"))
     wanted, _ = run(step)
     for call, init in (
         (torch.compile(step, fullgraph=True, backend="aot_eager"), step.init),

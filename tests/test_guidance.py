@@ -175,7 +175,7 @@ def test_one_call_is_two_calls():
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
 @pytest.mark.parametrize("way", ["one graph", "programs"])
 def test_two_calls_compiled(way):
-    step = ck.cache(byhand.net(), policy())
+    step = ck.cache(byhand.shared(), policy())
     wanted = separate(step)
     counters.clear()
 
@@ -198,7 +198,7 @@ def test_two_calls_compiled(way):
 
 
 def test_a_second_trajectory_and_bytes():
-    step = ck.cache(byhand.net(), policy())
+    step = ck.cache(byhand.shared(), policy())
     first = separate(step)
     again = separate(step, state=step.init_like(first[2]))
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
@@ -266,7 +266,7 @@ def test_an_unconditional_call_with_nothing_to_answer_from_computes(way):
 
 
 def test_an_answered_state_is_refused():
-    step = ck.cache(byhand.net(), policy())
+    step = ck.cache(byhand.shared(), policy())
     _, first = step(step.init(TIMES, *feed(0, True)), *feed(0, True))
     out, state = step.uncond(first, *feed(0, False))
     assert torch.equal(step.uncond(first, *feed(0, False))[0], out), "the same state again is the same answer"
@@ -297,7 +297,7 @@ def test_the_unconditional_program_follows_the_model():
 
 
 def test_explain_counts_the_programs_of_both_calls():
-    step = ck.cache(byhand.net(depth=2), policy())
+    step = ck.cache(byhand.shared(depth=2), policy())
     text = str(step.explain(TIMES, *feed(0, True)))
     counters.clear()
     separate(step.compile(backend="aot_eager"))
@@ -305,7 +305,7 @@ def test_explain_counts_the_programs_of_both_calls():
 
 
 def test_half_a_batch_holds_no_more_than_half():
-    step = ck.cache(byhand.net(), ck.faster_cache(layout=LAYOUT, uncond=3))
+    step = ck.cache(byhand.shared(), ck.faster_cache(layout=LAYOUT, uncond=3))
     x, t, text = feed(0, True)
     both = [torch.cat(pair) for pair in ((x, x), (t, t), (0.1 * text, text))]
     state = step.init(TIMES, *both)

@@ -64,7 +64,7 @@ def test_pyramid_attention_broadcast_computes_when_it_is_published_to(every, tim
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("sites", ["attention+mlp", "attention", "mlp", "chain", "output"])
 def test_taylorseer_is_its_formula(sites, order, basis):
-    model = byhand.net()
+    model = byhand.shared()
     policy = ck.taylorseer(3, warmup=2, order=order, basis=basis, sites=sites)
     outputs, state = run(ck.cache(model, policy))
     forecast = {"taylor": byhand.taylor, "newton": byhand.newton}[basis](order)
@@ -172,7 +172,7 @@ def test_what_cannot_be_left_out_always_runs_and_is_said():
 
 
 def test_bytes_and_plan_are_said_before_anything_runs():
-    step = ck.cache(byhand.net(), ck.taylorseer(3, warmup=2))
+    step = ck.cache(byhand.shared(), ck.taylorseer(3, warmup=2))
     said = str(step.explain(STEPS, *feed(0)))
     _, state = run(step)
     total = re.search(r"total state: .* \((\d+) bytes\)", said)
@@ -272,7 +272,7 @@ def test_what_does_not_fit():
 @pytest.mark.parametrize("way", ["eager", "programs"])
 @pytest.mark.parametrize("sites", ["attention", "attention+mlp", "output"])
 def test_another_shape_is_refused_where_nothing_is_computed(sites, way):
-    step = ck.cache(byhand.net(), ck.taylorseer(3, warmup=1, sites=sites))
+    step = ck.cache(byhand.shared(), ck.taylorseer(3, warmup=1, sites=sites))
     if way == "programs":
         step = step.compile(backend="eager")
     x, t, text = feed(0)

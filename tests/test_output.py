@@ -56,7 +56,7 @@ def run(step, init=None) -> tuple[list[Tensor], ck.State]:
 @pytest.mark.parametrize("forecaster", FORECASTERS)
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_a_reuse_is_the_forecast_of_what_the_model_returned(decider, forecaster):
-    model = dit.dit("two")
+    model = dit.shared("two")
     outputs, state = run(ck.cache(model, policy(decider, forecaster)))
     computed = ck.summary(state).computed
     assert {True, False} == set(computed)
@@ -97,14 +97,14 @@ def test_nothing_of_the_model_runs_on_a_reuse_but_the_probe(decider):
 @pytest.mark.parametrize("forecaster", ["hold", "newton 2"])
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_every_way_to_run_is_the_same(decider, forecaster):
-    step = ck.cache(dit.dit("two"), policy(decider, forecaster))
+    step = ck.cache(dit.shared("two"), policy(decider, forecaster))
     for way, graphs in (("one graph", 1), ("programs", 2 + bool(DECIDERS[decider][1]))):
         ways.assert_alike(step, run, way, graphs, 1e-6)
 
 
 @pytest.mark.parametrize("decider", DECIDERS)
 def test_bytes_said_are_bytes_held(decider):
-    step = ck.cache(dit.dit("two"), policy(decider, "newton 2"))
+    step = ck.cache(dit.shared("two"), policy(decider, "newton 2"))
     said = re.search(r"total state: .* \((\d+) bytes\)", str(step.explain(STEPS, *feed(0))))
     _, state = run(step)
     assert int(said[1]) == ck.summary(state).state_bytes
@@ -136,7 +136,7 @@ def test_what_is_no_site():
         ck.step_mask([1, 0], sites="blocks")
     with pytest.raises(ck.ArgumentError, match=r"`signal` is measured on chains"):
         ck.Policy("x", ck.deciders.always(), ck.forecasters.hold(), ck.signals.change, sites="output")
-    step = ck.cache(dit.dit("two"), policy())
+    step = ck.cache(dit.shared("two"), policy())
     with torch.no_grad():
         _, state = step(step.init(STEPS, *feed(0)), *feed(0))
         _, state = step(state, *feed(1))
@@ -147,7 +147,7 @@ def test_what_is_no_site():
 @pytest.mark.parametrize("forecaster", [ck.forecasters.hold(), ck.forecasters.taylor(0), ck.forecasters.newton(0)])
 @pytest.mark.parametrize("donate", [False, True])
 def test_what_is_returned_is_not_what_is_remembered(forecaster, donate):
-    step = ck.cache(dit.dit("two"), ck.step_mask(MASK, forecaster=forecaster, sites="output"), donate=donate)
+    step = ck.cache(dit.shared("two"), ck.step_mask(MASK, forecaster=forecaster, sites="output"), donate=donate)
     wanted, _ = run(step)
     with torch.no_grad():
         state = step.init(STEPS, *feed(0))

@@ -70,7 +70,7 @@ def alike(one: list[Tensor], other: list[Tensor]) -> bool:
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_layout_is_that_of_init_for_ever(flow, name, grad):
     with torch.set_grad_enabled(grad):
-        step = ck.cache(dit.dit(flow), POLICIES[name])
+        step = ck.cache(dit.shared(flow), POLICIES[name])
         state = step.init(STEPS, *feed(0))
         first = layout(state)
         assert all(not wanted and function is None for *_, wanted, function in first[1])
@@ -115,7 +115,7 @@ def test_mag_cache_holds_one_residual_per_chain_and_stream(flow, held):
 @pytest.mark.parametrize("name", POLICIES)
 def test_bytes_said_are_bytes_held(name):
     for flow in ("plain", "two"):
-        step = ck.cache(dit.dit(flow), POLICIES[name])
+        step = ck.cache(dit.shared(flow), POLICIES[name])
         said = re.search(r"\((\d+) bytes\)", str(step.explain(STEPS, *feed(0))))
         _, state = go(step, step.init(STEPS, *feed(0)), range(STEPS))
         assert int(said[1]) == sum(leaf.untyped_storage().nbytes() for leaf in pytree.tree_leaves(state))
@@ -124,13 +124,13 @@ def test_bytes_said_are_bytes_held(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_saved_state_resumes_bit_exactly(name):
-    step = ck.cache(dit.dit(), POLICIES[name])
+    step = ck.cache(dit.shared(), POLICIES[name])
     outputs, last = go(step, step.init(STEPS, *feed(0)), range(STEPS))
     _, state = go(step, step.init(STEPS, *feed(0)), range(4))
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    later = ck.cache(dit.dit(), POLICIES[name])
+    later = ck.cache(dit.shared(), POLICIES[name])
     later.init(STEPS, *feed(0))
     resumed, end = go(later, torch.load(file), range(4, STEPS))
     assert alike(outputs[4:], resumed)
@@ -181,7 +181,7 @@ WAYS = pytest.mark.parametrize("way", ["eager", *COMPILED])
 @torch.no_grad()
 @WAYS
 def test_trajectories_on_one_step_never_touch(way):
-    step, init = ways(ck.cache(dit.dit("two", depth=2), POLICIES["capped"]))[way]
+    step, init = ways(ck.cache(dit.shared("two", depth=2), POLICIES["capped"]))[way]
     alone = [go(step, init(STEPS, *feed(0, seed=seed)), range(STEPS), seed=seed) for seed in range(3)]
     states = [init(STEPS, *feed(0, seed=seed)) for seed in range(3)]
     for index in range(STEPS):
@@ -195,7 +195,7 @@ def test_trajectories_on_one_step_never_touch(way):
 @torch.no_grad()
 @WAYS
 def test_old_states_stay_valid(way):
-    step, init = ways(ck.cache(dit.dit(depth=2), POLICIES["capped"]))[way]
+    step, init = ways(ck.cache(dit.shared(depth=2), POLICIES["capped"]))[way]
     state, outputs, states, copies = init(STEPS, *feed(0)), [], [], []
     for index in range(STEPS):
         states.append(state)
@@ -249,7 +249,7 @@ def test_an_exception_in_a_step_leaves_the_state_valid(name, flow):
 @torch.no_grad()
 def test_init_like_is_init_without_discovery():
     for policy in POLICIES.values():
-        step = ck.cache(dit.dit("two"), policy)
+        step = ck.cache(dit.shared("two"), policy)
         fresh = step.init(STEPS, *feed(0))
         outputs, used = go(step, fresh, range(STEPS))
         again = step.init_like(used)

@@ -87,7 +87,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("flow", DISCOVERED)
 def test_chains_leader_streams_and_sites(flow):
     chains, leader, streams, behind_front = STRUCTURES[flow]
-    model = dit.dit(flow)
+    model = dit.shared(flow)
     seen = found(model)
     assert list(seen.chains) == chains
     assert seen.leader == chains[leader]
@@ -115,7 +115,7 @@ def policies(flow: str, *, skipping: bool) -> list[ck.Policy]:
 
 @pytest.mark.parametrize("flow", DISCOVERED)
 def test_a_cache_that_never_skips_is_exact(flow):
-    model = dit.dit(flow)
+    model = dit.shared(flow)
     for policy in policies(flow, skipping=False):
         outputs, state = run(ck.cache(model, policy))
         assert all(ck.summary(state).computed)
@@ -126,7 +126,7 @@ def test_a_cache_that_never_skips_is_exact(flow):
 
 @pytest.mark.parametrize("flow", DISCOVERED)
 def test_skips_are_those_of_a_cache_by_hand(flow):
-    model = dit.dit(flow)
+    model = dit.shared(flow)
     leader = STRUCTURES[flow][1]
     for policy in policies(flow, skipping=True):
         check(ck.cache(model, policy), Reference(model, policy.front, leader))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 
@@ -46,8 +47,9 @@ def times() -> Tensor:
     return torch.tensor([1000.0 * (1 - step / STEPS) for step in range(STEPS)], dtype=torch.float64)
 
 
+@functools.cache
 def model_of(flow: str) -> dit.DiT:
-    """A model with weights of its own."""
+    """A model with weights of its own, the same at every call: no test changes anything about it."""
     torch.manual_seed(3)
     return dit.DiT(flow)
 
