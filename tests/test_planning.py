@@ -116,6 +116,13 @@ def test_plans_for_carried_errors_are_the_best_for_those():
             alike.carried(spread)
 
 
+def test_traces_are_equal_where_their_numbers_are():
+    one, same, other = (ck.Trace.of(smooth(seed, 10), 10) for seed in (5, 5, 6))
+    assert one == same and one != other and one != one.carried(0.2)
+    assert one.timesteps.isnan().all(), "numbers that equal nothing are the same numbers"
+    assert one != "a trace"
+
+
 @pytest.mark.parametrize("longest", range(5))
 @pytest.mark.parametrize("name", ["hold", "newton 1", "newton 2", "newton 1 repaid"])
 def test_gaps_are_as_long_as_allowed_and_no_longer(name, longest):
