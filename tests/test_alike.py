@@ -22,7 +22,7 @@ from cachekit.structure.alike import Accounts
 from cachekit.structure.discovery import Twin
 from cachekit.structure.forms import Forming, form
 from cachekit.structure.parts import part_paths
-from cachekit.structure.record import Leaf, Record, Tree
+from cachekit.structure.record import Leaf, Opaque, Record, Tree
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 DEPTH = 5
@@ -63,6 +63,8 @@ def canonical(record: Record) -> Any:
             return value._replace(token=number("token", value.token), storage=number("memory", value.storage))
         if isinstance(value, Tree):
             return value._replace(leaves=tuple(map(node, value.leaves)))
+        if isinstance(value, Opaque):
+            return value._replace(token=number("object", value.token))
         return type(value.value), repr(value.value)
 
     def call(one) -> Any:

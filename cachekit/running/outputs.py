@@ -39,13 +39,14 @@ def whole(frame: Frame, model, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         frame["entered"] = False
         check_given(frame, output, args, kwargs)
         return at_output(frame, output, lambda: model(*args, **kwargs))
-    values = _tensors_of(frame, output, model(*args, **kwargs))  # it has decided on the way
+    out = model(*args, **kwargs)  # it has decided on the way
+    values = _tensors_of(frame, output, out)
     recorded = frame["layout"].recorded
     if frame["mode"] == GRAPH and not recorded:
         return _assembled(output, _chosen(frame, output, values))
     if recorded or computes(frame):
         _remember(frame, output, values)
-        return _assembled(output, values)
+        return out
     return _assembled(output, _foreseen(frame, output))
 
 

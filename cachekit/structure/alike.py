@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from cachekit.running.shadow import HOOKS
 from cachekit.structure.forms import PLAIN, Forming, form
 from cachekit.structure.numbering import address, version_of
-from cachekit.structure.record import Call, Leaf, Part, Tree, list_name
+from cachekit.structure.record import Call, Const, Leaf, Part, Tree, list_name
 
 SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
 """Packages whose globals do not decide what a block does, beside the modes of the thread."""
@@ -353,7 +353,7 @@ def plain_part(part: Part) -> bool:
     """Whether a part takes and returns tensors and plain values alone."""
     nodes = [*part.call.args.values(), *part.call.outs]
     leaves = itertools.chain.from_iterable(node.leaves if isinstance(node, Tree) else (node,) for node in nodes)
-    return all(isinstance(leaf, Leaf) or type(leaf.value) in PLAIN for leaf in leaves)
+    return all(isinstance(leaf, (Leaf, Const)) for leaf in leaves)
 
 
 def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], int]) -> Call:
@@ -373,6 +373,14 @@ def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], in
 def alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether these are the very same values."""
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def unaltered(value: Any) -> Callable[[], bool]:
+    """A function that tells whether an object, and the tensors in it, are as they were."""
+    forming = Forming()
+    before = forming.of(value)
+    same = unwritten(forming.tensors)
+    return lambda: same() and form(value) == before
 
 
 def unwritten(tensors: Iterable[Tensor]) -> Callable[[], bool]:

@@ -53,9 +53,11 @@ class Forming:
     Attributes:
         dicts, lists: the containers that were walked through. While they hold the very same values, so is the form.
         classes: of the modules and objects that were walked through.
+        tensors: that were met.
     """
 
     def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
         self.dicts: list[dict[Any, Any]] = []
         self.lists: list[Any] = []
         self.classes: dict[type, None] = {}
@@ -99,6 +101,7 @@ class Forming:
     def tensor(self, value: Tensor) -> Any:
         """What a tensor is like: everything but its numbers. Of those that share memory it tells which."""
         kind = type(value)
+        self.tensors.append(value)
         flatten = getattr(value, "__tensor_flatten__", None)
         if flatten is not None and kind not in (Tensor, nn.Parameter, nn.Buffer):
             names, context = flatten()

@@ -81,7 +81,7 @@ class Output(NamedTuple):
 
     name: str
     treespec: Any
-    leaves: tuple[Const | None, ...]  # None where a tensor stands
+    leaves: tuple[Any, ...]  # Const, None where a tensor stands, Opaque where nothing is left out
     dtypes: tuple[torch.dtype, ...]  # of the tensors
     like: tuple[Like | None, ...]  # for every tensor; None where no argument is
     group: str = ALL  # whose decision it follows

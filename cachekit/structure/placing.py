@@ -12,7 +12,7 @@ from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
 from cachekit.structure.layout import ALL, NOTHING, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
-from cachekit.structure.record import Key, Leaf, Part, Record, TensorSpec, leaves_of, made_by
+from cachekit.structure.record import Key, Leaf, Opaque, Part, Record, TensorSpec, leaves_of, made_by, opaque
 from cachekit.structure.spans import aliases_of, name_of, span_of
 
 
@@ -52,6 +52,7 @@ def lay_out(
                 "The model returns no tensor that could be forecast, or keeps it in a class that torch.utils._pytree "
                 'does not know. Return a tensor, a tuple or a dict, or use sites="chain".'
             )
+        _check_answer(record)
         return found._replace(layout=found.layout._replace(output=output), specs=(_specs(record.outs),))
     if sites == "chain":
         return found
@@ -63,8 +64,20 @@ def lay_out(
             f"The model returns {len(output.dtypes)} tensors. With batched guidance it must return one, of which one "
             "half is answered from the other."
         )
+    _check_answer(record)
     layout = found.layout._replace(guided=output._replace(name=GUIDANCE, group=GUIDANCE))
     return found._replace(layout=layout, specs=(*found.specs, _specs(record.outs)))
+
+
+def _check_answer(record: Record) -> None:
+    """Refuse what a model returns beside tensors where something has to stand for it."""
+    kind = opaque(record.outs)
+    if kind is not None:
+        raise StructureError(
+            f"The model returns an object of class {kind} beside its tensors, and where the model is left out nothing "
+            'can stand for it. Let it return tensors and plain values, or use sites="chain", where the model itself '
+            "makes what it returns."
+        )
 
 
 def _recorded(found: Found, record: Record, stated: Sequence[Chain], output: Output | None, *, tapped: bool) -> Found:
@@ -156,7 +169,8 @@ def _unfit(part: Part) -> str | None:
         return f"it leaves {next(iter(call.attributes))!r} behind"
     if not _specs(call.outs):
         return "it returns no tensor"
-    return None
+    kind = opaque(call.outs)
+    return None if kind is None else f"it returns an object of class {kind}, for which nothing can stand"
 
 
 def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
@@ -174,7 +188,9 @@ def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
 
 
 def _output(outs: Sequence[Any], treespec: Any, name: str, given: Mapping[Key, Any]) -> Output:
-    leaves = tuple(None if isinstance(out, Leaf) else out for out in outs)
+    leaves = tuple(
+        None if isinstance(out, Leaf) else out._replace(token=0) if isinstance(out, Opaque) else out for out in outs
+    )
     specs = _specs(outs)
     like = tuple(_like(spec, given) for spec in specs)
     return Output(name, treespec, leaves, tuple(spec.dtype for spec in specs), like)
@@ -291,12 +307,20 @@ def _early(record: Record, probe: Sequence[int]) -> tuple[str, ...]:
 
 
 def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream]) -> str | None:
-    """Why a span cannot be left out: a block writes to a tensor that is read later and is no result of the span."""
+    """Why a span cannot be left out: a block writes to what is read later and is no result, or returns an object."""
     later = [call for k, call in enumerate(record.calls) if k not in positions]
     read = record.read | {arg.token for call in later for _, _, arg in leaves_of(call)}
     ends = {record.calls[positions[-1]].outs[stream.leaf].token for stream in streams}
     for k in positions:
         call = record.calls[k]
+        handed = {arg.token for arg in call.args.values() if isinstance(arg, Opaque)}
+        kind = opaque(out for out in call.outs if not isinstance(out, Opaque) or out.token not in handed)
+        if kind is not None:
+            return (
+                f"{call.path} ({call.kind}) returns an object of class {kind} beside its tensors, and where the block "
+                "is left out nothing can stand for it. Let the block return tensors and plain values, or use "
+                'sites="attention+mlp", or sites="output".'
+            )
         written = [(f"argument {key!r}", token) for key, token in call.mutated.items()]
         written += [(f"attribute {name!r}", token) for name, token in call.attributes.items()]
         for what, token in written:

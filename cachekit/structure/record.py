@@ -45,13 +45,20 @@ class Tree(NamedTuple):
     """A container among the arguments."""
 
     treespec: Any
-    leaves: tuple[Any, ...]  # Leaf or Const
+    leaves: tuple[Any, ...]  # Leaf, Const or Opaque
 
 
 class Const(NamedTuple):
-    """Anything else."""
+    """A value that nobody can change: a number, a name, a dtype."""
 
     value: Any
+
+
+class Opaque(NamedTuple):
+    """An object that is none of these, by its class: it may hold tensors, or change. The object itself is not kept."""
+
+    kind: str
+    token: int  # equal for one object
 
 
 class Call(NamedTuple):
@@ -60,9 +67,9 @@ class Call(NamedTuple):
     path: str  # qualified name of the block
     nth: int  # how many calls of this block came before
     kind: str  # class of the block
-    args: dict[Key, Any]  # Leaf, Tree or Const
+    args: dict[Key, Any]  # Leaf, Tree, Const or Opaque
     treespec: Any  # of the result
-    outs: tuple[Any, ...]  # Leaf or Const, flat
+    outs: tuple[Any, ...]  # Leaf, Const or Opaque, flat
     lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
     mutated: dict[Key, int]  # arguments it wrote to, and the token each has after that
     attributes: dict[str, int]  # tensors it left on itself, and the token of each
@@ -92,9 +99,9 @@ class Record(NamedTuple):
 
     calls: tuple[Call, ...]
     parts: tuple[Part, ...]
-    given: dict[Key, Any]  # arguments of the model: Leaf, Tree or Const
+    given: dict[Key, Any]  # arguments of the model: Leaf, Tree, Const or Opaque
     early: tuple[Early, ...]
-    outs: tuple[Any, ...]  # of the model: Leaf or Const, flat
+    outs: tuple[Any, ...]  # of the model: Leaf, Const or Opaque, flat
     treespec: Any  # of what the model returns
     read: frozenset[int]  # tokens
     written: str | None  # an argument or buffer of the model that its forward writes to
@@ -120,6 +127,11 @@ def leaves_of(call: Call) -> list[tuple[Key, int, Leaf]]:
         elif isinstance(arg, Tree):
             found += [(key, i, leaf) for i, leaf in enumerate(arg.leaves) if isinstance(leaf, Leaf)]
     return found
+
+
+def opaque(outs: Iterable[Any]) -> str | None:
+    """The class of the first result that nothing can stand for, if there is one."""
+    return next((out.kind for out in outs if isinstance(out, Opaque)), None)
 
 
 def made_by(call: Call) -> set[int]:

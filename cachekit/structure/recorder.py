@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
-from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed
+from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
+from cachekit.structure.forms import PLAIN
 from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
 from cachekit.structure.parts import Watch, kind_of
-from cachekit.structure.record import DENOISED, Call, Const, Early, Key, Leaf, Part, TensorSpec, Tree
+from cachekit.structure.record import DENOISED, Call, Const, Early, Key, Leaf, Opaque, Part, TensorSpec, Tree
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -52,6 +54,7 @@ class Recorder(Onlooker):
         self._written: dict[int, frozenset[int]] = {}  # storage -> labels of what was written into it
         self._count = 0
         self._seen: dict[str, int] = {}
+        self._objects: dict[int, Any] = {}  # kept, so that an id stays one object's
         for n, tensors in enumerate(inputs):
             for tensor in tensors:
                 self._labels[tensor] = _set(self._labels, tensor) | {DENOISED - n}
@@ -149,6 +152,7 @@ class Recorder(Onlooker):
             self._lineage[value] = frozenset({(index, key)})
         versions = {key: version_of(value) for key, value in tensors.items()}
         lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
+        changed = self._changes(given, nodes)
         held = dict(vars(block))
         sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
         account = self.accounts.find(site._block, sight) if self.accounts is not None else None
@@ -172,6 +176,10 @@ class Recorder(Onlooker):
                 self._count += 1
                 mutated[key] = self._count
                 self.read.add(self._count)
+        for key in changed():
+            self._count += 1
+            mutated.setdefault(key, self._count)
+            self.read.add(mutated[key])
         leaves, treespec = pytree.tree_flatten(out)
         lineage = {}
         for i, leaf in enumerate(leaves):
@@ -312,6 +320,7 @@ class Recorder(Onlooker):
         given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
         nodes = {key: self.node(value, labelled=False) for key, value in given.items()}
         versions = {key: version_of(value) for key, value in given.items() if isinstance(value, Tensor)}
+        changed = self._changes(given, nodes)
         held, block = dict(vars(module)), len(self.calls) if self.depth else -1
         activity = self._watch.enter(given)
         try:
@@ -329,7 +338,10 @@ class Recorder(Onlooker):
             treespec=treespec,
             outs=tuple(self.node(leaf, labelled=False) for leaf in leaves),
             lineage={},
-            mutated={key: 0 for key, version in versions.items() if version_of(given[key]) != version},
+            mutated={
+                **{key: 0 for key, version in versions.items() if version_of(given[key]) != version},
+                **dict.fromkeys(changed(), 0),
+            },
             attributes=dict.fromkeys(attributes, 0),
             flops=0,
         )
@@ -358,6 +370,11 @@ class Recorder(Onlooker):
         same = [all(version_of(tensor) == version for tensor, version in results) for results in self._returned]
         return [call.pure and kept for call, kept in zip(self.early, same, strict=True)]
 
+    def _changes(self, given: Mapping[Key, Any], nodes: Mapping[Key, Any]) -> Callable[[], list[Key]]:
+        """A function that names the arguments with objects in them to which something has happened since."""
+        kept = {key: unaltered(given[key]) for key, node in nodes.items() if _holds_opaque(node)}
+        return lambda: [key for key, same in kept.items() if not same()]
+
     def node(self, value: Any, *, labelled: bool = True) -> Any:
         """An argument or result as data."""
         if isinstance(value, Tensor):
@@ -365,15 +382,22 @@ class Recorder(Onlooker):
             labels = self.labels(value) if labelled else frozenset()
             return Leaf(self.token(value), self._memory(value), spec, labels)
         leaves, treespec = pytree.tree_flatten(value)
-        if treespec.is_leaf():
+        if not treespec.is_leaf():
+            return Tree(treespec, tuple(self.node(leaf, labelled=labelled) for leaf in leaves))
+        if isinstance(value, (*PLAIN, enum.Enum, type)):
             return Const(value)
-        return Tree(treespec, tuple(self.node(leaf, labelled=labelled) for leaf in leaves))
+        self._objects.setdefault(id(value), value)
+        return Opaque(type(value).__name__, id(value))
 
 
 def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
     """Batch and what may be the number of frames, where the first argument is a video, [B, C, F, H, W] say."""
     first = inputs[0][0] if inputs and inputs[0] else None
     return tuple(first.shape[:3]) if first is not None and first.ndim == 5 else ()
+
+
+def _holds_opaque(node: Any) -> bool:
+    return isinstance(node, Opaque) or (isinstance(node, Tree) and any(map(_holds_opaque, node.leaves)))
 
 
 def _tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:

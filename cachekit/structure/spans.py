@@ -68,10 +68,10 @@ def _passing(call: Call, streams: Mapping[int, Key]) -> tuple[Key | Const | None
     """What a block that was left out returns: its arguments; nobody looks at their values."""
     passing: list[Key | Const | None] = []
     for i, out in enumerate(call.outs):
-        if isinstance(out, Leaf):
-            passing.append(streams.get(i, _handed_through(call, i)))
-        else:
+        if isinstance(out, Const):
             passing.append(out)
+        else:
+            passing.append(streams.get(i, _handed_through(call, i)))
     return tuple(passing)
 
 
@@ -117,7 +117,8 @@ def _origin(member: int, leaf: int, members, maps, links) -> Key | None:
 
 def _handed_through(call: Call, leaf: int) -> Key | None:
     token = call.outs[leaf].token
-    return next((key for key, arg in call.args.items() if isinstance(arg, Leaf) and arg.token == token), None)
+    kind = type(call.outs[leaf])
+    return next((key for key, arg in call.args.items() if type(arg) is kind and arg.token == token), None)
 
 
 def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
