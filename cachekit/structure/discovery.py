@@ -28,7 +28,9 @@ from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
 from cachekit.structure.alike import Account, Accounts, own_tensors
+from cachekit.structure.forms import PLAIN, tensors_in
 from cachekit.structure.layout import Layout
+from cachekit.structure.leftovers import Surroundings, check_gone
 from cachekit.structure.numbering import Numbering, version_of
 from cachekit.structure.record import Leaf, Record
 from cachekit.structure.recorder import Recorder
@@ -133,17 +135,20 @@ class Twin:
             # A hook that moves weights between devices has nothing to move here.
             for name in PATCHED:
                 module.__dict__.pop(name, None)
-        faked = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs)
-        self._args, self._kwargs = faked
-        given = [leaf for leaf in pytree.tree_leaves(faked) if isinstance(leaf, Tensor)]
+        with FakeCopyMode(mode):
+            self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
+        given = tensors_in(self._call)
         self._given = [*given, *self._model.parameters(), *self._model.buffers()]
         self._accounts = Accounts(parts)
         self._numbers: dict[bool, list[int]] = {}
+        self._made: list[Callable[[], Tensor | None]] = []
 
     def record(self) -> Record:
         """Its forward, recorded."""
-        with self._mode, self._put_back():
-            return _record(self._model, self._paths, self._parts, self._args, self._kwargs, self._accounts)
+        with self._mode, self._alone():
+            found = _record(self._model, self._paths, self._parts, *self._fresh(), self._accounts, self._made)
+        self._check_gone()
+        return found
 
     def same(self, layout: Layout) -> bool:
         """Whether a step that computes everything runs the operators of the model, on the same tensors."""
@@ -151,10 +156,28 @@ class Twin:
         if not layout.spans and self._accounts.whole and all(part.startswith(inside) for part in layout.parts):
             return True  # every block runs in its turn, and with sites inside does what it does without
         # What is told of blocks that are alike is not held against the model before the model has been asked in full.
-        return any(self._as_a_step(layout, told) == self._as_it_is(told) for told in (True, False))
+        alike = any(self._as_a_step(layout, told) == self._as_it_is(told) for told in (True, False))
+        self._check_gone()
+        return alike
+
+    def _fresh(self) -> tuple[tuple, dict[str, Any]]:
+        """The arguments, with objects that no run has written to."""
+        args, kwargs = self._call
+        return _replaced(lambda value: value, args, kwargs, {id(tensor): tensor for tensor in self._given})
+
+    def _check_gone(self) -> None:
+        given = {id(tensor) for tensor in self._given}  # what is written to is returned, too
+        made = [each for each in self._made if id(each()) not in given]
+        self._made.clear()
+        check_gone(made)
+
+    def _numbering(self) -> Numbering:
+        numbering = Numbering(self._given)
+        numbering.made = self._made
+        return numbering
 
     def _as_a_step(self, layout: Layout, told: bool) -> list[int]:
-        numbering = Numbering(self._given)
+        numbering = self._numbering()
         made = stands(self._model, self._paths, layout.early, layout.parts)
         frame: Frame = {
             "mode": REPLAY,
@@ -174,34 +197,40 @@ class Twin:
             frame["blocks"] = {
                 path: self._teller(numbering, path, block, passed) for path, block in made.blocks.items()
             }
-        found = self._numbers_of(numbering, lambda: run_framed(frame, made.root, self._args, self._kwargs))
+        args, kwargs = self._fresh()
+        found = self._numbers_of(numbering, lambda: run_framed(frame, made.root, args, kwargs))
         check_reached(frame)
         return found
 
     def _as_it_is(self, told: bool) -> list[int]:
         if told not in self._numbers:
-            numbering = Numbering(self._given)
+            numbering, (args, kwargs) = self._numbering(), self._fresh()
             with self._telling(numbering) if told else nullcontext():
-                run = lambda: self._model(*self._args, **self._kwargs)  # noqa: E731
+                run = lambda: self._model(*args, **kwargs)  # noqa: E731
                 self._numbers[told] = self._numbers_of(numbering, run)
         return self._numbers[told]
 
     def _numbers_of(self, numbering: Numbering, run: Callable[[], Any]) -> list[int]:
-        with self._mode, self._put_back(), torch.inference_mode(False), torch.no_grad(), numbering:
+        with self._mode, self._alone(), torch.inference_mode(False), torch.no_grad(), numbering:
             out = run()
         return [numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *self._given)]
 
     @contextmanager
-    def _put_back(self) -> Iterator[None]:
-        """Every run begins with the same attributes: what the model sets on its blocks would else be there already."""
+    def _alone(self) -> Iterator[None]:
+        """Every run begins with the same attributes, and leaves nothing outside: what the model keeps would else be
+        there already, or stay there.
+        """
+        surroundings = Surroundings(self._model)
         held = [held for module in self._model.modules() for held in (vars(module), module._buffers)]
         before = [dict(each) for each in held]
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # what is compiled for real tensors runs on no others
+                yield
         finally:
             for each, items in zip(held, before, strict=True):
                 each.clear()
                 each.update(items)
+            surroundings.restore()
 
     def _teller(
         self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]
@@ -270,34 +299,57 @@ def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
 
 def _real(model, paths, parts, args, kwargs) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
-    copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs)
-    return Discovery(_record(model, paths, parts, copied_args, copied_kwargs), None)
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs, memo)
+    with torch.compiler.set_stance("force_eager"):
+        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs), None)
 
 
-def _replaced(make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with other tensors, the same one wherever it was the same."""
-    made: dict[int, Tensor] = {}
+def _replaced(
+    make: Callable[[Tensor], Tensor], args: tuple, kwargs: Mapping[str, Any], memo: dict[int, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with other tensors, the same one wherever it was the same, and with copies of objects.
 
-    def replace(value):
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in made:
-            made[id(value)] = make(value)
-        return made[id(value)]
-
+    Args:
+        make: another tensor for one.
+        args, kwargs: the arguments.
+        memo: id -> what stands for the object; what is made is added.
+    """
+    leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     with torch.inference_mode(False):
-        return pytree.tree_map(replace, (args, dict(kwargs)))
+        for tensor in tensors_in((args, kwargs)):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = make(tensor)
+        return pytree.tree_unflatten([_copied(leaf, memo) for leaf in leaves], treespec)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, (Tensor, *PLAIN)):
+        return memo.get(id(value), value)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a lock, a generator, a handle: what cannot be copied is what it is
+        return value
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.stride()) if tensor.layout is torch.strided else tuple(torch.empty(tensor.shape).stride())
 
 
-def _record(model, paths, parts, args, kwargs, accounts: Accounts | None = None) -> Record:
+def _record(
+    model,
+    paths,
+    parts,
+    args,
+    kwargs,
+    accounts: Accounts | None = None,
+    made: list[Callable[[], Tensor | None]] | None = None,
+) -> Record:
     beside = early_paths(model, paths)
     twin = stands(model, paths, beside, parts)
     sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
     recorder = Recorder(_inputs(model, args, kwargs), accounts)
+    recorder.made = recorder.made if made is None else made
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
     given = {key: recorder.node(value) for key, value in (*enumerate(args), *kwargs.items())}

@@ -154,6 +154,13 @@ def form(value: Any) -> Any:
     return Forming().of(value)
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors that a value holds, each once, those in objects too."""
+    forming = Forming()
+    forming.of(value)
+    return forming.tensors
+
+
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
     return tuple(tensor.shape), strides, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad

@@ -7,7 +7,8 @@ whatever the blocks share and whatever happens between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,24 @@ PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, 
 
 
 class Onlooker(TorchDispatchMode):
-    """Sees every operator of a forward and changes nothing."""
+    """Sees every operator of a forward and changes nothing.
+
+    Attributes:
+        made: the fake tensors that operators have made.
+    """
 
     supports_higher_order_operators = True
     _silent = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Callable[[], Tensor | None]] = []
+
+    def _ran(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What an operator returns; that it was made is noted."""
+        out = func(*args, **kwargs)
+        self.made += [weakref.ref(leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, FakeTensor)]
+        return out
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -75,11 +90,11 @@ class Numbering(Onlooker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._silent:
-            return func(*args, **kwargs)
+            return self._ran(func, args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         made = hash((str(func), *map(self.number, leaves)))
         given = {address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-        out = func(*args, **kwargs)
+        out = self._ran(func, args, kwargs)
         for place, tensor in enumerate(written(func, args, kwargs)):
             self._keep(tensor, hash((made, "written", place)))
         for place, tensor in enumerate(pytree.tree_leaves(out)):

@@ -88,9 +88,9 @@ class Recorder(Onlooker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._silent:
-            return func(*args, **kwargs)
+            return self._ran(func, args, kwargs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        out = func(*args, **kwargs)
+        out = self._ran(func, args, kwargs)
         if not self.depth:
             for tensor in inputs:
                 token = self._tokens.get(tensor)
