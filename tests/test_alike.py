@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import functools
 import gc
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import dit
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -455,3 +458,102 @@ def test_a_profiler_keeps_its_place():
     finally:
         profiler.disable()
     assert any("init" in str(entry.code) for entry in profiler.getstats())
+
+
+class Shared:
+    """Ways to tell a block something past its arguments: `say` before it is called, `ask` in it."""
+
+    slot = type("Slot", (), {"__slots__": ("value",)})()
+    module = types.ModuleType("settings_of_a_test")
+    row: ClassVar[collections.deque[float]] = collections.deque([0.0])
+    numbers = np.zeros(1)
+    variable: contextvars.ContextVar[float] = contextvars.ContextVar("variable")
+
+
+def closed() -> tuple[Callable[[float], None], Callable[[], float]]:
+    """A variable of a function around two others."""
+    kept = [0.0]
+    return lambda value: kept.__setitem__(0, value), lambda: kept[0]
+
+
+def noted() -> float:
+    """An attribute of a function."""
+    return noted.value  # type: ignore[attr-defined]
+
+
+SAYS: dict[str, tuple[Callable[[float], Any], Callable[[], float]]] = {
+    "a slot": (lambda value: setattr(Shared.slot, "value", value), lambda: Shared.slot.value),
+    "a module": (lambda value: setattr(Shared.module, "value", value), lambda: Shared.module.value),
+    "a deque": (lambda value: Shared.row.__setitem__(0, value), lambda: Shared.row[0]),
+    "an array": (lambda value: Shared.numbers.__setitem__(0, value), lambda: float(Shared.numbers[0])),
+    "a context": (Shared.variable.set, Shared.variable.get),
+    "a closure": closed(),
+    "a function": (lambda value: setattr(noted, "value", value), noted),
+}
+
+
+class Asking(nn.Module):
+    """A block that asks for a factor."""
+
+    def __init__(self, ask: Callable[[], float]) -> None:
+        super().__init__()
+        self.mix, self.ask = nn.Linear(8, 8), ask
+
+    def forward(self, x):
+        return x + self.ask() * torch.tanh(self.mix(x))
+
+
+class Saying(nn.Module):
+    """A model that tells every block another one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.say, ask = SAYS[how]
+        self.blocks = nn.ModuleList(Asking(ask) for _ in range(4))
+
+    def forward(self, x):
+        for n, block in enumerate(self.blocks):
+            self.say(n + 1.0)
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("policy", [ck.step_mask([1, 0]), ck.first_block_cache(0.1)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("how", SAYS)
+def test_what_blocks_are_told_past_their_arguments_is_noticed(how, policy):
+    """Nothing that is proven of one block may hide it: a step runs the blocks later than they were told."""
+    with pytest.raises(ck.StructureError, match="returns something else when its blocks run as a step runs them"):
+        ck.cache(Saying(how), policy).init(2, torch.ones(1, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.float32, torch.float64),
+        (b"x", b"y"),
+        (frozenset("x"), frozenset("y")),
+        (types.SimpleNamespace(value=1), types.SimpleNamespace(value=2)),
+    ],
+    ids=["dtype", "bytes", "frozenset", "object"],
+)
+def test_an_argument_of_another_value_is_another_forward(one, other):
+    class Branching(nn.Module):
+        """What it is told decides which of the blocks is seen by the head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Asking(lambda: 1.0) for _ in range(3))
+
+        def forward(self, x, told):
+            seen = []
+            for block in self.blocks:
+                x = block(x)
+                seen.append(x)
+            return x * seen[1] if told == other else x
+
+    model, x = Branching(), torch.ones(1, 3, 8)
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    with torch.no_grad():
+        for told in (one, other):
+            out, _ = step(step.init(2, x, told), x, told)
+            assert torch.equal(out, model(x, told))

@@ -195,14 +195,13 @@ def _replaced(what: str) -> StructureError:
 
 def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device) -> Any:
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
-    parts = []
+    parts: list[Any] = []
+    forming = Forming()
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, (bool, int, float, str, type(None))):
-            parts.append((type(leaf), leaf))
         else:
-            parts.append(type(leaf))
+            parts.append(forming.of(leaf))
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     kind = torch.device(device).type
     # Of meta tensors torch knows no autocast, only how to fail when asked for its dtype.
