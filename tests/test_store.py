@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import dit
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -225,3 +229,55 @@ def test_reaching_is_seen_through_what_objects_hold():
     assert discovery._reaches([slotted], {id(target)})
     slotted.value = [{"a": (lambda: None,)}]
     assert not discovery._reaches([slotted], {id(target)})
+
+
+class Turning(nn.Module):
+    """The head looks at a block in the middle where something that it holds says so."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+        self.held = held
+
+    def forward(self, x):
+        """New tokens."""
+        seen = []
+        for block in self.blocks:
+            x = block(x)
+            seen.append(x)
+        return x * seen[1] if self.held[0] else x
+
+
+class Residual(nn.Linear):
+    """A block."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x):
+        """With something added."""
+        return x + torch.tanh(super().forward(x))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same step", "another step"])
+@pytest.mark.parametrize("held", [collections.deque, array.array, np.array, list], ids=lambda made: made.__name__)
+def test_what_cannot_be_seen_may_have_changed(held, same):
+    model = Turning(held("b", [0]) if held is array.array else held([0]))
+    step, x = ck.cache(model, ck.step_mask([1, 0])), torch.ones(1, 3, 8)
+    with torch.no_grad():
+        for told in (0, 1):
+            model.held[0] = told
+            step = step if same else ck.cache(model, ck.step_mask([1, 0]))
+            out, _ = step(step.init(2, x), x)
+            assert torch.equal(out, model(x))
+
+
+def test_a_parameter_of_another_shape_inside_is_recorded_again():
+    model = Turning([0])
+    step, x = ck.cache(model, ck.step_mask([1, 0])), torch.ones(1, 3, 8)
+    with torch.no_grad():
+        step.init(2, x)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.double()
+        out, _ = step(step.init(2, x.double()), x.double())
+        assert torch.equal(out, model(x.double()))

@@ -115,6 +115,8 @@ class Opened:
                 forming = Forming()
                 before, self._form = self._form, forming.of(self.original)
                 self._unchanged = forming.unchanged()
+                if forming.closed:  # what cannot be seen may have changed each time
+                    self._form, self._unchanged = object(), None
                 if self._form != before:
                     self._found.clear()
             if signature not in self._found:
@@ -202,6 +204,8 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
             parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
         else:
             parts.append(forming.of(leaf))
+    if forming.closed:
+        parts.append(object())
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     kind = torch.device(device).type
     # Of meta tensors torch knows no autocast, only how to fail when asked for its dtype.

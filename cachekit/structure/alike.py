@@ -129,6 +129,9 @@ class Accounts:
             forming = Forming()
             parts = [part[len(path) :] for part in self._parts if part == path or part.startswith(f"{path}.")]
             known = self._forms[id(block)] = (forming.of(block), parts), forming.unchanged()
+            if forming.closed:
+                del self._forms[id(block)]
+                return None
         return Sight(known[0], arguments, _modes(), list_name(path))
 
     def find(self, block: nn.Module, sight: Sight | None) -> Account | None:

@@ -155,9 +155,11 @@ class Twin:
         if not layout.spans and self._accounts.whole and all(part.startswith(inside) for part in layout.parts):
             return True  # every block runs in its turn, and with sites inside does what it does without
         # In full, whatever is known of blocks that are alike: a step is wrong where that is.
-        alike = self._as_a_step(layout) == self._as_it_is()
+        as_a_step = self._as_a_step(layout)
         self._check_gone()
-        return alike
+        as_it_is = self._as_it_is()
+        self._check_gone()
+        return as_a_step == as_it_is
 
     def _fresh(self) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with objects that no run has written to."""

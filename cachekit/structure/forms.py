@@ -6,6 +6,7 @@ by identity, weakly: it keeps nothing alive.
 
 from __future__ import annotations
 
+import enum
 import functools
 import operator
 import types
@@ -24,6 +25,10 @@ PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 
 NOTED = {"_is_torch_compile"}
 """What torch notes on a module that somebody compiles: the module does the same as before."""
+
+FIXED = (enum.Enum, range, slice, types.BuiltinMethodType, types.MethodWrapperType, types.CodeType)
+FIXED += (torch._ops.OpOverload, torch._ops.OpOverloadPacket, type(functools.lru_cache(len)))
+"""Types of objects that nobody can change in a way that shows, beside those above."""
 
 HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
 
@@ -54,9 +59,12 @@ class Forming:
         dicts, lists: the containers that were walked through. While they hold the very same values, so is the form.
         classes: of the modules and objects that were walked through.
         tensors: that were met.
+        closed: whether an object was met whose contents cannot be seen, a `collections.deque` or an array of NumPy: its
+            form stays the same whatever happens to it.
     """
 
     def __init__(self) -> None:
+        self.closed = False
         self.tensors: list[Tensor] = []
         self.dicts: list[dict[Any, Any]] = []
         self.lists: list[Any] = []
@@ -96,6 +104,7 @@ class Forming:
             return "method", Same(value.__func__), self.of(value.__self__)
         if _open(kind):
             return "object", Same(kind), self._attributes(value)
+        self.closed |= not isinstance(value, FIXED)
         return Same(value)
 
     def tensor(self, value: Tensor) -> Any:
@@ -136,6 +145,8 @@ class Forming:
     def unchanged(self) -> Callable[[], bool]:
         """A function that tells whether everything walked through holds the very same values still. It keeps them."""
         dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, (list, set))]
+        tensors = [*self.tensors]
+        views = [_view(each) for each in tensors]
 
         def now() -> Iterator[Any]:
             return chain.from_iterable((*dicts, *map(dict.values, dicts), *lists))
@@ -144,7 +155,9 @@ class Forming:
 
         def same() -> bool:
             values = [*now()]
-            return len(values) == len(before) and all(map(operator.is_, values, before))
+            if len(values) != len(before) or not all(map(operator.is_, values, before)):
+                return False
+            return [_view(each) for each in tensors] == views  # `.data` is another one in the same tensor
 
         return same
 
