@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -299,3 +300,16 @@ def test_a_piece_that_is_compiled_is_recorded_uncompiled():
         out, state = step(state, tokens())
         assert torch.equal(out, model(tokens())) and model.traced
         assert not torch.equal(step(state, 2 * tokens())[0], model(2 * tokens()))
+
+
+def test_what_compiles_does_so_again_after_threads_have_met_in_a_trial():
+    def begin() -> None:
+        for _ in range(5):
+            ck.cache(Model("dict"), POLICIES["chain"]).init(STEPS, tokens())
+
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +96,28 @@ def discover(
                 f"The model's forward failed on the arguments given to init: {type(error).__name__}: {error}. "
                 "Give init the arguments of the first real call."
             ) from (error if type(error) is not type(fake_error) else fake_error)
+
+
+class _Uncompiled:
+    """Meanwhile nothing runs compiled: the first of several threads says so, and the last one takes it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 def _patched(module: nn.Module) -> bool:
@@ -209,7 +231,7 @@ class Twin:
         held = [held for module in self._model.modules() for held in (vars(module), module._buffers)]
         before = [dict(each) for each in held]
         try:
-            with torch.compiler.set_stance("force_eager"):  # what is compiled for real tensors runs on no others
+            with _UNCOMPILED:  # what is compiled for real tensors runs on no others
                 yield
         finally:
             for each, items in zip(held, before, strict=True):
@@ -241,7 +263,7 @@ def _real(model, paths, parts, args, kwargs) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs, memo)
-    with torch.compiler.set_stance("force_eager"):
+    with _UNCOMPILED:
         return Discovery(_record(model, paths, parts, copied_args, copied_kwargs), None)
 
 

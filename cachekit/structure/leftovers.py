@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -180,6 +181,7 @@ def check_gone(made: Sequence[Callable[[], Tensor | None]]) -> None:
     """
     if all(each() is None for each in made):
         return
+    torch.clear_autocast_cache()  # of weights that autocast has cast
     gc.collect()  # what a cycle holds is nobody's
     for each in made:
         if each() is not None:
