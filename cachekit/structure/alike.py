@@ -4,8 +4,9 @@ A block does what another did where all that its code can see is the same: class
 the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what
 a recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
 tensors and what it made, wrote to none of the former, and left nothing behind. An account is told again of every block
-that is alike; any other block is looked at in full. What a step computes hangs on no account: it is held against the model
-with every block run.
+that is alike; any other block is looked at in full.
+
+What a step computes hangs on no account: it is held against the model with every block run.
 """
 
 from __future__ import annotations
