@@ -36,7 +36,6 @@ def pair(n: int) -> tuple[str, tuple[Tensor]]:
 GLOBAL: dict[int, Tensor] = {}
 SEEN: list[Tensor] = []
 LATEST: Tensor | None = None
-UNUSED = object()
 
 
 class Tables:
@@ -106,7 +105,7 @@ def remembering(function: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
 
 of_closure = remembering(made)
 # Nothing that the code of the model names leads there: what is kept is found because it is alive.
-HIDDEN = types.SimpleNamespace(tables={}, row=[])
+HIDDEN = types.SimpleNamespace(tables={})
 
 
 def hidden(n: int, reach: Callable[[], Any] = lambda: HIDDEN) -> Tensor:

@@ -107,7 +107,8 @@ class Trace:
         """Whether all numbers are the same, NaN too. That of a dataclass asks tensors for one truth, from 3.13 on."""
         if not isinstance(other, Trace):
             return NotImplemented
-        mine, theirs = (pytree.tree_flatten([getattr(each, name) for name in _FIELDS]) for each in (self, other))
+        names = [each.name for each in dataclasses.fields(self)]
+        mine, theirs = (pytree.tree_flatten([getattr(each, name) for name in names]) for each in (self, other))
         return mine[1] == theirs[1] and all(map(_equal, mine[0], theirs[0]))
 
     __hash__ = None  # type: ignore[assignment]
@@ -451,9 +452,6 @@ def _texts(notes: Mapping[str, Any] | None) -> dict[str, str]:
     if notes is not None and not isinstance(notes, Mapping):
         raise ArgumentTypeError(f"`notes` must be a mapping of names to texts, got {type(notes).__name__}.")
     return {str(key): str(value) for key, value in (notes or {}).items()}
-
-
-_FIELDS = tuple(each.name for each in dataclasses.fields(Trace))
 
 
 def _equal(one: Any, other: Any) -> bool:

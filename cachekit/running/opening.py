@@ -114,9 +114,10 @@ class Opened:
             if self._unchanged is None or not self._unchanged():
                 forming = Forming()
                 before, self._form = self._form, forming.of(self.original)
-                self._unchanged = forming.unchanged()
                 if forming.closed:  # what cannot be seen may have changed each time
                     self._form, self._unchanged = object(), None
+                else:
+                    self._unchanged = forming.unchanged()
                 if self._form != before:
                     self._found.clear()
             if signature not in self._found:

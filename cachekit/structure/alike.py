@@ -130,10 +130,10 @@ class Accounts:
         if known is None or not known[1]():
             forming = Forming()
             parts = [part[len(path) :] for part in self._parts if part == path or part.startswith(f"{path}.")]
-            known = self._forms[id(block)] = (forming.of(block), parts), forming.unchanged()
+            like = forming.of(block)
             if forming.closed:
-                del self._forms[id(block)]
                 return None
+            known = self._forms[id(block)] = (like, parts), forming.unchanged()
         return Sight(known[0], arguments, _modes(), list_name(path))
 
     def find(self, block: nn.Module, sight: Sight | None) -> Account | None:

@@ -152,14 +152,12 @@ class Twin:
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
         with FakeCopyMode(mode):
             self._model: nn.Module = copy.deepcopy(model, memo)
+            self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
         for module in self._model.modules():
             # A hook that moves weights between devices has nothing to move here.
             for name in PATCHED:
                 module.__dict__.pop(name, None)
-        with FakeCopyMode(mode):
-            self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
-        given = tensors_in(self._call)
-        self._given = [*given, *self._model.parameters(), *self._model.buffers()]
+        self._given = [*tensors_in(self._call), *self._model.parameters(), *self._model.buffers()]
         self._accounts = Accounts(parts)
         self._numbers: list[int] | None = None  # of the model as it is
         self._made: list[Callable[[], Tensor | None]] = []
@@ -264,7 +262,7 @@ def _real(model, paths, parts, args, kwargs) -> Discovery:
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs, memo)
     with _UNCOMPILED:
-        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs), None)
+        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, None, []), None)
 
 
 def _replaced(
@@ -299,19 +297,13 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _record(
-    model,
-    paths,
-    parts,
-    args,
-    kwargs,
-    accounts: Accounts | None = None,
-    made: list[Callable[[], Tensor | None]] | None = None,
+    model, paths, parts, args, kwargs, accounts: Accounts | None, made: list[Callable[[], Tensor | None]]
 ) -> Record:
     beside = early_paths(model, paths)
     twin = stands(model, paths, beside, parts)
     sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
     recorder = Recorder(_inputs(model, args, kwargs), accounts)
-    recorder.made = recorder.made if made is None else made
+    recorder.made = made
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
     given = {key: recorder.node(value) for key, value in (*enumerate(args), *kwargs.items())}

@@ -40,11 +40,12 @@ class Onlooker(TorchDispatchMode):
         super().__init__()
         self.made: list[Callable[[], Tensor | None]] = []
 
-    def _ran(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What an operator returns; that it was made is noted."""
+    def _ran(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+        """What an operator returns, and the tensors in it; that they were made is noted."""
         out = func(*args, **kwargs)
-        self.made += [weakref.ref(leaf) for leaf in pytree.tree_leaves(out) if isinstance(leaf, FakeTensor)]
-        return out
+        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.made += [weakref.ref(tensor) for tensor in tensors if isinstance(tensor, FakeTensor)]
+        return out, tensors
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -90,15 +91,15 @@ class Numbering(Onlooker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._silent:
-            return self._ran(func, args, kwargs)
+            return self._ran(func, args, kwargs)[0]
         leaves = pytree.tree_leaves((args, kwargs))
         made = hash((str(func), *map(self.number, leaves)))
         given = {address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-        out = self._ran(func, args, kwargs)
+        out, tensors = self._ran(func, args, kwargs)
         for place, tensor in enumerate(written(func, args, kwargs)):
             self._keep(tensor, hash((made, "written", place)))
-        for place, tensor in enumerate(pytree.tree_leaves(out)):
-            if isinstance(tensor, Tensor) and address(tensor) not in given:
+        for place, tensor in enumerate(tensors):
+            if address(tensor) not in given:
                 self._keep(tensor, hash((made, place)))
         return out
 

@@ -134,6 +134,11 @@ def opaque(outs: Iterable[Any]) -> str | None:
     return next((out.kind for out in outs if isinstance(out, Opaque)), None)
 
 
+def holds_opaque(node: Any) -> bool:
+    """Whether an argument is an object, or has one in it."""
+    return isinstance(node, Opaque) or (isinstance(node, Tree) and any(map(holds_opaque, node.leaves)))
+
+
 def made_by(call: Call) -> set[int]:
     """The results that are not arguments handed through."""
     given = {arg.token for _, _, arg in leaves_of(call)}

@@ -17,7 +17,19 @@ from cachekit.structure.alike import Account, Accounts, Result, Watched, own_ten
 from cachekit.structure.forms import PLAIN
 from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
 from cachekit.structure.parts import Watch, kind_of
-from cachekit.structure.record import DENOISED, Call, Const, Early, Key, Leaf, Opaque, Part, TensorSpec, Tree
+from cachekit.structure.record import (
+    DENOISED,
+    Call,
+    Const,
+    Early,
+    Key,
+    Leaf,
+    Opaque,
+    Part,
+    TensorSpec,
+    Tree,
+    holds_opaque,
+)
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -88,9 +100,9 @@ class Recorder(Onlooker):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self._silent:
-            return self._ran(func, args, kwargs)
+            return self._ran(func, args, kwargs)[0]
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        out = self._ran(func, args, kwargs)
+        out, outputs = self._ran(func, args, kwargs)
         if not self.depth:
             for tensor in inputs:
                 token = self._tokens.get(tensor)
@@ -98,7 +110,6 @@ class Recorder(Onlooker):
                     self.read.add(token)
                 if self._dirty:  # seen through another view of the same memory
                     self.read.update(self._dirty.get(self._memory(tensor), {}).values())
-        outputs = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
         labels = frozenset().union(*(self._marks(tensor) for tensor in inputs))
         lineage = self._carried(func, inputs)
         mutable = isinstance(func, OpOverload) and func._schema.is_mutable
@@ -338,10 +349,9 @@ class Recorder(Onlooker):
             treespec=treespec,
             outs=tuple(self.node(leaf, labelled=False) for leaf in leaves),
             lineage={},
-            mutated={
-                **{key: 0 for key, version in versions.items() if version_of(given[key]) != version},
-                **dict.fromkeys(changed(), 0),
-            },
+            mutated=dict.fromkeys(
+                [*changed(), *(key for key in versions if version_of(given[key]) != versions[key])], 0
+            ),
             attributes=dict.fromkeys(attributes, 0),
             flops=0,
         )
@@ -372,7 +382,7 @@ class Recorder(Onlooker):
 
     def _changes(self, given: Mapping[Key, Any], nodes: Mapping[Key, Any]) -> Callable[[], list[Key]]:
         """A function that names the arguments with objects in them to which something has happened since."""
-        kept = {key: unaltered(given[key]) for key, node in nodes.items() if _holds_opaque(node)}
+        kept = {key: unaltered(given[key]) for key, node in nodes.items() if holds_opaque(node)}
         return lambda: [key for key, same in kept.items() if not same()]
 
     def node(self, value: Any, *, labelled: bool = True) -> Any:
@@ -394,10 +404,6 @@ def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:
     """Batch and what may be the number of frames, where the first argument is a video, [B, C, F, H, W] say."""
     first = inputs[0][0] if inputs and inputs[0] else None
     return tuple(first.shape[:3]) if first is not None and first.ndim == 5 else ()
-
-
-def _holds_opaque(node: Any) -> bool:
-    return isinstance(node, Opaque) or (isinstance(node, Tree) and any(map(_holds_opaque, node.leaves)))
 
 
 def _tensors(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
