@@ -313,8 +313,7 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
     ends = {record.calls[positions[-1]].outs[stream.leaf].token for stream in streams}
     for k in positions:
         call = record.calls[k]
-        handed = {arg.token for arg in call.args.values() if isinstance(arg, Opaque)}
-        kind = opaque(out for out in call.outs if not isinstance(out, Opaque) or out.token not in handed)
+        kind = opaque(out for out in call.outs if out not in call.args.values())  # what is handed through is there
         if kind is not None:
             return (
                 f"{call.path} ({call.kind}) returns an object of class {kind} beside its tensors, and where the block "

@@ -340,6 +340,7 @@ class Recorder(Onlooker):
             self._watch.leave()
         attributes = {name: value for name, value in vars(module).items() if held.get(name) is not value}
         site.__dict__.update(attributes)
+        rewritten = [key for key, version in versions.items() if version_of(given[key]) != version]
         leaves, treespec = pytree.tree_flatten(out)
         call = Call(
             path=path,
@@ -349,9 +350,7 @@ class Recorder(Onlooker):
             treespec=treespec,
             outs=tuple(self.node(leaf, labelled=False) for leaf in leaves),
             lineage={},
-            mutated=dict.fromkeys(
-                [*changed(), *(key for key in versions if version_of(given[key]) != versions[key])], 0
-            ),
+            mutated=dict.fromkeys([*changed(), *rewritten], 0),
             attributes=dict.fromkeys(attributes, 0),
             flops=0,
         )
