@@ -179,14 +179,16 @@ def check_gone(made: Sequence[Callable[[], Tensor | None]]) -> None:
     Raises:
         StructureError: something holds one that it cannot be taken out of.
     """
-    if all(each() is None for each in made):
+    if _gone(made):
         return
     torch.clear_autocast_cache()  # of weights that autocast has cast
-    gc.collect()  # what a cycle holds is nobody's
+    for generation in range(3):  # what a cycle holds is nobody's, and most of it is young
+        gc.collect(generation)
+        if _gone(made):
+            return
     for each in made:
-        if each() is not None:
-            _take_out(each, DEPTH)
-    if any(each() is not None for each in made):
+        _take_out(each, DEPTH)
+    if not _gone(made):
         gc.collect()
     for each in made:
         tensor = each()
@@ -197,6 +199,10 @@ def check_gone(made: Sequence[Callable[[], Tensor | None]]) -> None:
                 "trial of init would leave one without numbers. Call the model once before init, so that it is there "
                 "already, or let the forward keep it in a buffer, a class, a dict or a functools.lru_cache."
             )
+
+
+def _gone(made: Iterable[Callable[[], Tensor | None]]) -> bool:
+    return all(each() is None for each in made)
 
 
 def _take_out(wanted: Callable[[], Any], depth: int) -> None:
