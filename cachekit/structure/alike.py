@@ -11,8 +11,6 @@ What a step computes hangs on no account: it is held against the model with ever
 
 from __future__ import annotations
 
-import dis
-import functools
 import gc
 import itertools
 import math
@@ -27,16 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
 
 from cachekit.running.shadow import HOOKS
 from cachekit.structure.forms import PLAIN, Forming, form
 from cachekit.structure.numbering import address, version_of
+from cachekit.structure.reach import Reach
 from cachekit.structure.record import Call, Const, Leaf, Part, Tree, list_name
-
-SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
-"""Packages whose globals do not decide what a block does, beside the modes of the thread."""
-
-STORES = ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF")
 
 
 class Sight(NamedTuple):
@@ -63,7 +58,7 @@ class Account(NamedTuple):
 
     path: str
     sight: Sight
-    outside: dict[Any, list[Any]]  # values of what its code sees beside it
+    outside: Reach  # what its code sees beside it
     results: tuple[Result | Any, ...]  # of every leaf; as it is where it is no tensor
     treespec: Any
     memories: tuple[tuple[int, torch.dtype, torch.device], ...]  # elements, dtype, device
@@ -117,14 +112,14 @@ class Accounts:
         self._parts = parts
         self._of: dict[type, list[Account]] = {}
         self._forms: dict[int, tuple[Any, Callable[[], bool]]] = {}
-        self._outside = Outside()
+        self._reaches: dict[type, Reach] = {}  # of the code of each class of blocks
 
     def sight(self, block: nn.Module, path: str, args: tuple, kwargs: Mapping[str, Any]) -> Sight | None:
         """What a block and its arguments look like, or None where that does not say all."""
         if "forward" in vars(block) or any(vars(block)[name] for name in HOOKS):
             return None
-        arguments = _arguments(block, args, kwargs)
-        if arguments is None:
+        arguments, modes = _arguments(block, args, kwargs), _modes()
+        if arguments is None or modes is None:
             return None
         known = self._forms.get(id(block))
         if known is None or not known[1]():
@@ -134,12 +129,12 @@ class Accounts:
             if forming.closed:
                 return None
             known = self._forms[id(block)] = (like, parts), forming.unchanged()
-        return Sight(known[0], arguments, _modes(), list_name(path))
+        return Sight(known[0], arguments, modes, list_name(path))
 
     def find(self, block: nn.Module, sight: Sight | None) -> Account | None:
         """The account of another call that is known to do the same as this one."""
         for account in reversed(self._of.get(type(block), ())) if sight is not None else ():
-            if account.sight == sight and self._outside.still(account.outside):
+            if account.sight == sight and account.outside.same():
                 return account
         return None
 
@@ -156,16 +151,41 @@ class Accounts:
             run: what runs in its place.
             given: the tensors among its arguments.
         """
-        watched = Watched([*given, *own_tensors(block)])
+        watched, kind = Watched([*given, *own_tensors(block)]), type(block)
         forming, untouched = Forming(), unwritten(given)
         like = forming.of(run)
-        self._outside.see(forming.classes)
-        before = self._outside.now()
-        with self._outside.watching() as first:
+        if kind not in self._reaches or not self._reaches[kind].same():
+            self._reaches[kind] = Reach()
+        watched.outside = reach = self._reaches[kind]
+        reach.see(*forming.classes, *forming.functions)
+        with _traced(reach) as seen:
             yield watched
-        watched.outside = {**first, **before}
-        watched.alone &= self._outside.steady and self._outside.still(watched.outside)
-        watched.alone &= untouched() and form(run) == like
+        watched.alone &= seen and not reach.closed and reach.same() and untouched() and form(run) == like
+        if reach.closed:  # what it has seen is not to be kept
+            del self._reaches[kind]
+            self._of[kind] = [account for account in self._of.get(kind, ()) if account.outside is not reach]
+
+
+@contextmanager
+def _traced(reach: Reach) -> Iterator[bool]:
+    """Meanwhile the names in all code are seen before it runs; False where that cannot be."""
+    if sys.gettrace() is not None:  # the place of a debugger is not to be taken
+        yield False
+        return
+
+    def called(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and not reach.knows(frame.f_code):
+            reach.code(frame.f_code, frame.f_globals)
+
+    collects = gc.isenabled()
+    gc.disable()  # what a collection calls is nothing that the block runs
+    sys.settrace(called)
+    try:
+        yield True
+    finally:
+        sys.settrace(None)
+        if collects:
+            gc.enable()
 
 
 def _arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -181,13 +201,23 @@ def _arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return treespec, [*map(forming.of, leaves)], views
 
 
-def _modes() -> tuple[Any, ...]:
+def _modes() -> tuple[Any, ...] | None:
+    """The modes of the thread, or None where one may do anything."""
+    functions = torch.overrides._get_current_function_mode_stack()
+    if not all(type(mode) is DeviceContext for mode in functions) or nn.modules.module._has_any_global_hook():
+        return None
     casts = [
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda", "xpu", "mps")
         if torch.amp.is_autocast_available(kind)
     ]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), *casts
+    kernels = [
+        getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")
+    ]
+    return (
+        *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()),
+        *(torch.get_default_dtype(), [mode.device for mode in functions], casts, kernels),
+    )
 
 
 class Watched:
@@ -195,12 +225,12 @@ class Watched:
 
     Attributes:
         alone: whether it has kept to its arguments, its own tensors, and what it made.
-        outside: what its code saw beside them, before it ran.
+        outside: what its code sees beside them, before it runs.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         self.alone = True
-        self.outside: dict[Any, list[Any]] = {}
+        self.outside = Reach()
         self._given = {address(tensor) for tensor in given}
         self._made: dict[int, list[weakref.ref[Tensor]]] = {}  # by memory
 
@@ -253,102 +283,6 @@ class Watched:
         return tuple(found), tuple(kinds)
 
 
-class Outside:
-    """What code sees beside its arguments: the globals that it names, and its classes.
-
-    Attributes:
-        steady: no code that ran sets a global, or a variable of a function around it.
-    """
-
-    def __init__(self) -> None:
-        self.steady = True
-        self._codes: set[types.CodeType] = set()
-        self._seen: dict[Any, tuple[dict[str, Any], str] | type] = {}
-        self._first: dict[Any, list[Any]] = {}
-
-    def see(self, classes: Iterable[type]) -> None:
-        """Attributes of these classes may decide."""
-        for kind in classes:
-            for each in kind.__mro__:
-                if each.__module__.partition(".")[0] not in SETTLED:
-                    self._seen.setdefault(each, each)
-
-    @contextmanager
-    def watching(self) -> Iterator[dict[Any, list[Any]]]:
-        """Note the code that runs meanwhile, and the values of what it names, before it runs for the first time."""
-        self._first = {}
-        if sys.gettrace() is not None:  # the place of a debugger is not to be taken, so nothing is known
-            self.steady = False
-            yield self._first
-            return
-        collects = gc.isenabled()
-        gc.disable()  # what a collection calls is nothing that the block runs
-        sys.settrace(self._called)
-        try:
-            yield self._first
-        finally:
-            sys.settrace(None)
-            if collects:
-                gc.enable()
-
-    def _called(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event != "call" or frame.f_code in self._codes:
-            return
-        code, names = frame.f_code, frame.f_globals
-        self._codes.add(code)
-        if str(names.get("__name__")).partition(".")[0] in SETTLED:
-            return
-        self.steady &= not _sets(code)
-        for name in code.co_names:
-            key = id(names), name
-            if name in names and key not in self._seen:
-                self._seen[key] = names, name
-                self._first[key] = self._values(key)
-
-    def now(self) -> dict[Any, list[Any]]:
-        """The values of all that is seen."""
-        return {key: self._values(key) for key in self._seen}
-
-    def still(self, before: Mapping[Any, list[Any]]) -> bool:
-        """Whether what was seen then is the very same now."""
-        return all(alike(values, self._values(key)) for key, values in before.items())
-
-    def _values(self, key: Any) -> list[Any]:
-        seen, found = self._seen[key], []
-        if isinstance(seen, type):
-            for value in vars(seen).values():
-                _unfold(value, found, 1)
-        else:
-            _unfold(seen[0].get(seen[1]), found, 2)
-        return found
-
-
-@functools.lru_cache(maxsize=4096)
-def _sets(code: types.CodeType) -> bool:
-    """Whether it sets a global, or a variable of a function around it."""
-    return any(
-        each.opname in STORES and (each.opname.endswith("GLOBAL") or each.argval in code.co_freevars)
-        for each in dis.get_instructions(code)
-    )
-
-
-def _unfold(value: Any, found: list[Any], depth: int) -> None:
-    """A value, and the values in it."""
-    found.append(value)
-    if not depth or isinstance(value, (types.ModuleType, types.FunctionType)):
-        return
-    inside: Callable[[], Iterable[Any]] | None = None
-    if isinstance(value, dict):
-        inside = value.values
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inside = value.__iter__
-    elif not isinstance(value, type) or value.__module__.partition(".")[0] not in SETTLED:
-        held = getattr(value, "__dict__", None)
-        inside = held.values if held is not None else None
-    for item in inside() if inside is not None else ():
-        _unfold(item, found, depth - 1)
-
-
 def own_tensors(block: nn.Module) -> list[Tensor]:
     """The parameters and buffers of a block, in an order that blocks of one form share."""
     return [*block.parameters(), *block.buffers()]
@@ -373,11 +307,6 @@ def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], in
 
     args = {key: rename(node) for key, node in call.args.items()}
     return call._replace(args=args, outs=tuple(map(rename, call.outs)))
-
-
-def alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether these are the very same values."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def unaltered(value: Any) -> Callable[[], bool]:

@@ -8,13 +8,14 @@ cannot run so; then one real forward is recorded instead.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from cachekit.errors import CacheError, StructureError
 from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
-from cachekit.structure.alike import Accounts
+from cachekit.structure.alike import Account, Accounts, own_tensors
 from cachekit.structure.forms import PLAIN, tensors_in
 from cachekit.structure.layout import Layout
 from cachekit.structure.leftovers import Surroundings, check_gone
@@ -159,7 +160,7 @@ class Twin:
                 module.__dict__.pop(name, None)
         self._given = [*tensors_in(self._call), *self._model.parameters(), *self._model.buffers()]
         self._accounts = Accounts(parts)
-        self._numbers: list[int] | None = None  # of the model as it is
+        self._numbers: dict[bool, list[int]] = {}
         self._made: list[Callable[[], Tensor | None]] = []
 
     def record(self) -> Record:
@@ -174,12 +175,15 @@ class Twin:
         inside = tuple(f"{path}." for path in self._paths)
         if not layout.spans and self._accounts.whole and all(part.startswith(inside) for part in layout.parts):
             return True  # every block runs in its turn, and with sites inside does what it does without
-        # In full, whatever is known of blocks that are alike: a step is wrong where that is.
-        as_a_step = self._as_a_step(layout)
-        self._check_gone()
-        as_it_is = self._as_it_is()
-        self._check_gone()
-        return as_a_step == as_it_is
+        # What is told of blocks that are alike is not held against the model before the model has been asked in full.
+        for told in (True, False):
+            as_a_step = self._as_a_step(layout, told)
+            self._check_gone()
+            as_it_is = self._as_it_is(told)
+            self._check_gone()
+            if as_a_step == as_it_is:
+                return True
+        return False
 
     def _fresh(self) -> tuple[tuple, dict[str, Any]]:
         """The arguments, with objects that no run has written to."""
@@ -192,7 +196,13 @@ class Twin:
         self._made.clear()
         check_gone(made)
 
-    def _as_a_step(self, layout: Layout) -> list[int]:
+    def _numbering(self) -> Numbering:
+        numbering = Numbering(self._given)
+        numbering.made = self._made
+        return numbering
+
+    def _as_a_step(self, layout: Layout, told: bool) -> list[int]:
+        numbering = self._numbering()
         made = stands(self._model, self._paths, layout.early, layout.parts)
         frame: Frame = {
             "mode": REPLAY,
@@ -202,20 +212,34 @@ class Twin:
             "entered": True,
             **{name: {} for name in ("early", "counts", "passed", "calls", "handed")},
         }
+
+        def passed(account: Account, path: str) -> None:
+            for part in account.parts:
+                name = path + part.call.path[len(account.path) :]
+                frame["passed"][name] = frame["passed"].get(name, 0) + 1
+
+        if told:
+            frame["blocks"] = {
+                path: self._teller(numbering, path, block, passed) for path, block in made.blocks.items()
+            }
         args, kwargs = self._fresh()
-        found = self._numbers_of(lambda: run_framed(frame, made.root, args, kwargs))
+        found = self._numbers_of(numbering, lambda: run_framed(frame, made.root, args, kwargs))
         check_reached(frame)
+        frame.clear()  # what tells holds on to it
         return found
 
-    def _as_it_is(self) -> list[int]:
-        if self._numbers is None:
-            args, kwargs = self._fresh()
-            self._numbers = self._numbers_of(lambda: self._model(*args, **kwargs))
-        return self._numbers
+    def _as_it_is(self, told: bool) -> list[int]:
+        if told not in self._numbers:
+            numbering, (args, kwargs) = self._numbering(), self._fresh()
 
-    def _numbers_of(self, run: Callable[[], Any]) -> list[int]:
-        numbering = Numbering(self._given)
-        numbering.made = self._made
+            def run() -> Any:
+                with self._telling(numbering) if told else nullcontext():
+                    return self._model(*args, **kwargs)
+
+            self._numbers[told] = self._numbers_of(numbering, run)
+        return self._numbers[told]
+
+    def _numbers_of(self, numbering: Numbering, run: Callable[[], Any]) -> list[int]:
         with self._mode, self._alone(), torch.inference_mode(False), torch.no_grad(), numbering:
             out = run()
         return [numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *self._given)]
@@ -236,6 +260,51 @@ class Twin:
                 each.clear()
                 each.update(items)
             surroundings.restore()
+
+    def _teller(
+        self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]
+    ) -> Callable[..., Any]:
+        """A block that is not run where another one is known to do the same."""
+        block = self._model.get_submodule(path)
+
+        def tell(*args, **kwargs) -> Any:
+            account = self._accounts.find(block, self._accounts.sight(block, path, args, kwargs))
+            if account is None:
+                return run(*args, **kwargs)
+            passed(account, path)
+            return numbering.told(account, own_tensors(block), args, kwargs)
+
+        return tell
+
+    @contextmanager
+    def _telling(self, numbering: Numbering) -> Iterator[None]:
+        """Meanwhile the blocks of the copy itself are such blocks."""
+        told: dict[str, nn.Module] = {}
+        for path in self._paths:
+            block = self._model.get_submodule(path)
+            if "forward" in vars(block) or isinstance(block, torch.jit.ScriptModule):
+                continue
+            told[path] = block
+
+        def forward(path: str, block: nn.Module) -> Callable[..., Any]:
+            tell = self._teller(numbering, path, functools.partial(type(block).forward, block), lambda *_: None)
+
+            def asked(*args, **kwargs) -> Any:
+                del block.__dict__["forward"]
+                try:
+                    return tell(*args, **kwargs)
+                finally:
+                    block.__dict__["forward"] = asked
+
+            return asked
+
+        try:
+            for path, block in told.items():
+                block.__dict__["forward"] = forward(path, block)
+            yield
+        finally:
+            for block in told.values():
+                block.__dict__.pop("forward", None)
 
 
 def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:

@@ -6,6 +6,7 @@ by identity, weakly: it keeps nothing alive.
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import operator
@@ -26,9 +27,12 @@ PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 NOTED = {"_is_torch_compile"}
 """What torch notes on a module that somebody compiles: the module does the same as before."""
 
-FIXED = (enum.Enum, range, slice, types.BuiltinMethodType, types.MethodWrapperType, types.CodeType)
+FIXED = (enum.Enum, range, slice, types.CodeType)
 FIXED += (torch._ops.OpOverload, torch._ops.OpOverloadPacket, type(functools.lru_cache(len)))
 """Types of objects that nobody can change in a way that shows, beside those above."""
+
+BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
+"""Types of functions of C, each with the object or the module of Python that it is one of."""
 
 HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code has made
 
@@ -58,8 +62,9 @@ class Forming:
     Attributes:
         dicts, lists: the containers that were walked through. While they hold the very same values, so is the form.
         classes: of the modules and objects that were walked through.
+        functions: that were met.
         tensors: that were met.
-        closed: whether an object was met whose contents cannot be seen, a `collections.deque` or an array of NumPy: its
+        closed: whether an object was met whose contents cannot be seen, an array of NumPy or one with `__slots__`: its
             form stays the same whatever happens to it.
     """
 
@@ -69,6 +74,7 @@ class Forming:
         self.dicts: list[dict[Any, Any]] = []
         self.lists: list[Any] = []
         self.classes: dict[type, None] = {}
+        self.functions: list[types.FunctionType] = []
         self._seen: dict[int, int] = {}
         self._storages: dict[int, int] = {}
         self._kept: list[Any] = []  # what was made on the way, so that an id stays one object's
@@ -78,7 +84,10 @@ class Forming:
         kind = type(value)
         if kind in PLAIN:
             return kind, value
-        if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)):
+        if isinstance(value, types.FunctionType):
+            self.functions.append(value)
+            return Same(value)
+        if isinstance(value, (type, types.ModuleType)):
             return Same(value)
         number = self._seen.get(id(value))
         if number is not None:
@@ -90,19 +99,23 @@ class Forming:
             return kind.__name__, Same(kind), self._attributes(value)
         if isinstance(value, dict):
             self.dicts.append(value)
-            return "dict", Same(kind), *((self.of(key), self.of(item)) for key, item in value.items())
-        if isinstance(value, (list, tuple)):
+            held = ((self.of(key), self.of(item)) for key, item in value.items())
+            return "dict", Same(kind), self._more(value), *held
+        if isinstance(value, (list, tuple, collections.deque)):
             self.lists.append(value)
-            return "list", Same(kind), *map(self.of, value)
+            return "list", Same(kind), self._more(value), *map(self.of, value)
         if isinstance(value, (set, frozenset)):
             self.lists.append(value)
             plain = all(type(item) in PLAIN for item in value)
-            return ("set", Same(kind), frozenset(value)) if plain else Same(value)
+            return ("set", Same(kind), self._more(value), frozenset(value)) if plain else Same(value)
         if isinstance(value, functools.partial):
-            return "partial", self.of(value.func), self.of(value.args), self.of(value.keywords)
+            inside = map(self.of, (value.func, value.args, value.keywords))
+            return "partial", Same(kind), self._more(value), *inside
         if isinstance(value, types.MethodType):
             return "method", Same(value.__func__), self.of(value.__self__)
-        if _open(kind):
+        if isinstance(value, BOUND):
+            return "method", value.__name__, self.of(value.__self__)
+        if attributes_only(kind):
             return "object", Same(kind), self._attributes(value)
         self.closed |= not isinstance(value, FIXED)
         return Same(value)
@@ -138,13 +151,17 @@ class Forming:
                 found.append((name, self.of(value)))
         return tuple(found)
 
+    def _more(self, value: Any) -> Any:
+        """The attributes of a container."""
+        return self._attributes(value) if getattr(value, "__dict__", None) else ()
+
     def _keep(self, value: Any) -> Any:
         self._kept.append(value)
         return value
 
     def unchanged(self) -> Callable[[], bool]:
         """A function that tells whether everything walked through holds the very same values still. It keeps them."""
-        dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, (list, set))]
+        dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, (list, set, collections.deque))]
         tensors = [*self.tensors]
         views = [_view(each) for each in tensors]
 
@@ -187,7 +204,7 @@ def _address(tensor: Tensor) -> int | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _open(kind: type) -> bool:
+def attributes_only(kind: type) -> bool:
     """Whether all that an object of this class holds is among its attributes."""
     if issubclass(kind, types.SimpleNamespace):
         return True

@@ -8,7 +8,7 @@ whatever the blocks share and whatever happens between them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 if TYPE_CHECKING:
-    pass
+    from cachekit.structure.alike import Account
 
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -102,6 +102,17 @@ class Numbering(Onlooker):
             if address(tensor) not in given:
                 self._keep(tensor, hash((made, place)))
         return out
+
+    def told(self, account: Account, own: Iterable[Tensor], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What a block returns that does what another one did: one operator of its own tensors and the arguments."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        made = hash((account.path, *map(self.number, tensors), *map(self.number, own)))
+        with self.unseen():
+            leaves = account.make(tensors)
+        for result, leaf in zip(account.results, leaves, strict=True):
+            if isinstance(leaf, Tensor) and result.argument < 0:
+                self._keep(leaf, hash((made, result.memory)))
+        return pytree.tree_unflatten(leaves, account.treespec)
 
     def _content(self, tensor: Tensor) -> int:
         reference, content = self._contents.get(address(tensor), (None, 0))

@@ -1,0 +1,329 @@
+"""What code can get at beside its arguments: globals, classes, closures, and what these hold.
+
+Every container on the way is noted with what it holds, so that it can be told later whether all is as it was, and what
+has been put there meanwhile can be taken out again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dis
+import functools
+import gc
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from cachekit.structure.forms import BOUND, FIXED, PLAIN, attributes_only
+
+SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
+"""Packages that keep nothing of what a model computes, and whose globals do not decide what it does, beside the modes
+of the thread."""
+
+LIMIT = 50_000
+"""How many values are looked at before it is said that they cannot all be."""
+
+UNSEEN = {"globals", "locals", "vars", "eval", "exec", "__import__"}
+"""Built-in functions by which code gets at names that it does not contain."""
+
+CACHE = type(functools.lru_cache(len))
+STATELESS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
+STATELESS += (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias, types.ModuleType)
+STATELESS += (type(int | str), type(NotImplemented), type(...), *FIXED)
+MODULE = vars(nn.Module()).keys()
+"""What every module holds. Most of it is empty."""
+
+MISSING: Any = object()
+
+
+class Held(NamedTuple):
+    """A container, and what it held when it was seen."""
+
+    before: Mapping[Any, Any]
+    now: Callable[[], Mapping[Any, Any]]
+    put: Callable[[Any, Any], Any]  # give a key its value back
+    drop: Callable[[Any], Any]  # remove a key that was not there
+    hidden: bool = False  # what it holds cannot be seen, only that it is something else
+
+    def same(self) -> bool:
+        """Whether it holds the very same."""
+        now, before = self.now(), self.before
+        return len(now) == len(before) and all(now.get(key, MISSING) is value for key, value in before.items())
+
+    def take_out(self, unwanted: Callable[[Any], bool]) -> None:
+        """Give back the values of before in the place of those that are not wanted there."""
+        for key, value in [*self.now().items()]:
+            was = self.before.get(key, MISSING)
+            if value is was or not (self.hidden or unwanted(value)):
+                continue
+            if was is MISSING:
+                self.drop(key)
+            else:
+                self.put(key, was)
+
+
+class Reach:
+    """What has been seen so far, each value once.
+
+    Args:
+        asked: the names that code may ask of classes; all of them by default.
+
+    Attributes:
+        closed: what was met whose contents cannot be seen.
+        functions: that were met, by their code.
+    """
+
+    def __init__(self, asked: Iterable[str] | None = None) -> None:
+        self._asked = None if asked is None else {*asked}
+        self._classes: list[type] = []
+        self.closed: list[Any] = []
+        self.functions: dict[types.CodeType, types.FunctionType] = {}
+        self._held: list[Held] = []
+        self._seen: dict[int, Any] = {}  # kept, so that an id stays one object's
+        self._codes: set[types.CodeType] = set()
+
+    def same(self) -> bool:
+        """Whether everything that was seen holds what it held then."""
+        return all(held.same() for held in self._held)
+
+    def take_out(self, unwanted: Callable[[Any], bool]) -> None:
+        """Give back what was there in the place of what is not wanted there."""
+        for held in self._held:
+            held.take_out(unwanted)
+
+    def knows(self, code: types.CodeType) -> bool:
+        """Whether what a function names has been seen."""
+        return code in self._codes
+
+    def code(self, code: types.CodeType, names: dict[str, Any]) -> None:
+        """See what a function names.
+
+        Args:
+            code: its code.
+            names: the globals that it is run with.
+        """
+        self._codes.add(code)
+        if settled(str(names.get("__name__"))):
+            return
+        asked = names_in(code)
+        own = free_variables(code)
+        if own and code not in self.functions and not any(code in each.co_consts for each in self._codes):
+            self.closed.append(code)  # whose variables it sees is not known
+        if asked.sets or (UNSEEN & asked.names) - names.keys():
+            self.closed.append(code)
+        if asked.names & {"environ", "getenv"}:
+            self.see(os.environ)
+        package = names.get("__package__") or ""
+        imports = {importlib.util.resolve_name("." * level + name, package) for level, name in asked.imports}
+        for known, inside in ((names, asked.names), (sys.modules, imports)):
+            self._names(known, inside)
+            for value in [known[name] for name in inside if name in known]:
+                self.see(value)
+                if isinstance(value, types.ModuleType) and not settled(value.__name__):
+                    attributes = asked.names | asked.texts
+                    self._names(vars(value), attributes)
+                    self.see(*(vars(value)[name] for name in attributes & vars(value).keys()))
+
+    def follow(self) -> None:
+        """See what the functions that are found ask for, of classes and beside them, until it is nothing new."""
+        followed = (0, 0)
+        while followed != (len(self._classes), len(self.functions)):
+            followed = len(self._classes), len(self.functions)
+            for code, function in [*self.functions.items()]:
+                if code not in self._codes:
+                    self.code(code, function.__globals__)
+                    self._asked = self._asked and self._asked | names_in(code).names
+            for kind in [*self._classes]:
+                self.see(*(value for name, value in vars(kind).items() if self._asked is None or name in self._asked))
+
+    def _names(self, names: dict[str, Any], asked: Iterable[str]) -> None:
+        def now() -> dict[str, Any]:
+            return {name: names[name] for name in asked if name in names}
+
+        self._held.append(Held(now(), now, names.__setitem__, names.__delitem__))
+
+    def see(self, *values: Any) -> None:
+        """See these, and what they hold."""
+        waiting = [*values]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, PLAIN) or id(value) in self._seen:
+                continue
+            if len(self._seen) > LIMIT:
+                self.closed.append(LIMIT)
+                return
+            self._seen[id(value)] = value
+            waiting += self._inside(value)
+
+    def _inside(self, value: Any) -> Iterable[Any]:
+        """What a value holds; that it holds it is noted."""
+        kind = type(value)
+        if isinstance(value, type):
+            return () if settled(value.__module__) else self._class(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, (staticmethod, classmethod)):
+            return (value.__func__,)
+        if isinstance(value, types.MethodType):
+            return value.__func__, value.__self__
+        if isinstance(value, property):
+            return value.fget, value.fset, value.fdel
+        if isinstance(value, functools.cached_property):
+            return (value.func,)
+        if isinstance(value, BOUND):
+            return (value.__self__,)
+        if isinstance(value, functools.partial):
+            return value.func, value.args, value.keywords, *self._attributes(value)
+        if isinstance(value, CACHE):
+            return self._cache(value)
+        if isinstance(value, (dict, collections.OrderedDict)):
+            return *self._mapping(value), *value.keys(), *self._attributes(value)
+        if isinstance(value, (list, collections.deque)):
+            return *self._list(value), *self._attributes(value)
+        if isinstance(value, set):
+            return *self._set(value), *self._attributes(value)
+        if isinstance(value, (tuple, frozenset, types.MappingProxyType)):
+            items = value.values() if isinstance(value, types.MappingProxyType) else value
+            return *items, *self._attributes(value)
+        if isinstance(value, FakeTensor):  # it is not to be kept
+            self.closed.append(kind)
+            return ()
+        if isinstance(value, Tensor):  # what code reads of it is seen by the operators
+            return self._attributes(value) if kind in (Tensor, nn.Parameter) else ()
+        if isinstance(value, nn.Module):
+            self._mapping(vars(value))
+            empty = (name for name in MODULE & vars(value).keys() if not vars(value)[name])
+            return kind, *(vars(value)[name] for name in vars(value).keys() - {*empty})
+        if isinstance(value, STATELESS) or kind is object or kind.__module__ in ("typing", "logging", "re", "inspect", "_abc", "functools"):
+            return ()
+        if not attributes_only(kind):
+            self.closed.append(value)
+        return self._attributes(value)
+
+    def _attributes(self, value: Any) -> Iterable[Any]:
+        attributes = getattr(value, "__dict__", None)
+        return type(value), *(self._mapping(attributes) if isinstance(attributes, dict) else ())
+
+    def _class(self, kind: type) -> Iterable[Any]:
+        def now() -> dict[str, Any]:
+            return dict(vars(kind))
+
+        def put(name: str, value: Any) -> None:
+            type.__setattr__(kind, name, value)
+
+        before = now()
+        self._held.append(Held(before, now, put, lambda name: type.__delattr__(kind, name)))
+        self._classes.append(kind)
+        asked = before.keys() if self._asked is None else self._asked
+        inside = (value for name, value in before.items() if name in asked or isinstance(value, (dict, list)))
+        return *kind.__mro__[1:], *inside
+
+    def _function(self, function: types.FunctionType) -> Iterable[Any]:
+        self.functions[function.__code__] = function
+
+        def now() -> dict[str, Any]:
+            return {name: getattr(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__")}
+
+        before = now()
+        self._held.append(Held(before, now, lambda *_: None, lambda *_: None))
+        inside = [*before.values(), *self._mapping(function.__dict__)]
+        for cell in function.__closure__ or ():
+            inside += self._cell(cell)
+        return inside
+
+    def _cell(self, cell: types.CellType) -> Iterable[Any]:
+        def now() -> dict[str, Any]:
+            try:
+                return {"": cell.cell_contents}
+            except ValueError:  # empty
+                return {}
+
+        def put(_: str, value: Any) -> None:
+            cell.cell_contents = value
+
+        def drop(_: str) -> None:
+            del cell.cell_contents
+
+        before = now()
+        self._held.append(Held(before, now, put, drop))
+        return before.values()
+
+    def _mapping(self, mapping: MutableMapping[Any, Any]) -> Iterable[Any]:
+        before = dict(mapping)
+        self._held.append(Held(before, lambda: mapping, mapping.__setitem__, mapping.__delitem__))
+        return before.values()
+
+    def _list(self, values: list[Any] | collections.deque[Any]) -> Iterable[Any]:
+        before = [*values]
+
+        def put(*_: Any) -> None:
+            values.clear()
+            values.extend(before)
+
+        self._held.append(Held(dict(enumerate(before)), lambda: dict(enumerate(values)), put, put))
+        return before
+
+    def _set(self, values: set[Any]) -> Iterable[Any]:
+        before = [*values]
+
+        def put(*_: Any) -> None:
+            values.clear()
+            values.update(before)
+
+        self._held.append(Held({id(each): each for each in before}, lambda: {id(each): each for each in values}, put, put))
+        return before
+
+    def _cache(self, cache: Any) -> Iterable[Any]:
+        def now() -> dict[int, None]:
+            return {cache.cache_info().misses: None}
+
+        self._held.append(Held(now(), now, lambda *_: None, lambda _: cache.cache_clear(), hidden=True))
+        held = gc.get_referents(cache)
+        held += [value for each in held if isinstance(each, dict) for value in each.values()]
+        return [each for each in held if not isinstance(each, dict) and type(each).__name__ != "_lru_list_elem"]
+
+
+class Asked(NamedTuple):
+    """What a function, or one inside it, names."""
+
+    names: frozenset[str]
+    texts: frozenset[str]  # by which `getattr` may ask
+    imports: frozenset[tuple[int, str]]  # modules of Python, and how many packages above
+    sets: bool  # a global or a variable of a function around it
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> Asked:
+    """What the code of a function names."""
+    inside = [names_in(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    steps = [*dis.get_instructions(code)]
+    return Asked(
+        frozenset(code.co_names).union(*(each.names for each in inside)),
+        frozenset(each for each in code.co_consts if isinstance(each, str)).union(*(each.texts for each in inside)),
+        frozenset(
+            (steps[place - 2].argval, each.argval)  # the level is loaded before the names, and these before it imports
+            for place, each in enumerate(steps)
+            if each.opname == "IMPORT_NAME" and (steps[place - 2].argval or not settled(each.argval))
+        ),
+        any(
+            each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
+            or (each.opname in ("STORE_DEREF", "DELETE_DEREF") and each.argval in code.co_freevars)
+            for each in steps
+        ),
+    )
+
+
+def free_variables(code: types.CodeType) -> set[str]:
+    """Variables of functions around it that a function sees."""
+    return {*code.co_freevars} - {"__class__"}
+
+
+def settled(module: str) -> bool:
+    """Whether a package is one of `SETTLED`."""
+    return module.partition(".")[0] in SETTLED
