@@ -21,6 +21,7 @@ from cachekit.structure.forms import Forming
 from cachekit.structure.layout import Found, Layout
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
+from cachekit.structure.reach import Standing, modes
 from cachekit.structure.store import forget, look
 
 
@@ -59,8 +60,7 @@ class Opened:
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
-        self._form: Any = None  # of the model, when these were found
-        self._unchanged: Callable[[], bool] | None = None
+        self._standing: Standing | None = None  # the model, when these were found
         self.epoch = self.generation = 0
         self._lock = threading.Lock()
         self._early: set[str] = set()
@@ -111,20 +111,15 @@ class Opened:
             if self._fingerprint.changed() is not None:
                 self._derive()
             self._refresh()
-            if self._unchanged is None or not self._unchanged():
-                forming = Forming()
-                before, self._form = self._form, forming.of(self.original)
-                if forming.closed:  # what cannot be seen may have changed each time
-                    self._form, self._unchanged = object(), None
-                else:
-                    self._unchanged = forming.unchanged()
-                if self._form != before:
+            if self._standing is None or not self._standing.same():
+                before, self._standing = self._standing, Standing(self.original)
+                if before is None or before.form != self._standing.form:
                     self._found.clear()
             if signature not in self._found:
                 _refuse(self.original)
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
-                seen = look(self.original, self._form, paths, inside, args, kwargs, device, signature)
+                seen = look(self.original, self._standing.form, paths, inside, args, kwargs, device, signature)
                 laid_out = lay_out(
                     seen.record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
                 )
@@ -198,20 +193,10 @@ def _replaced(what: str) -> StructureError:
 
 def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device) -> Any:
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
-    parts: list[Any] = []
     forming = Forming()
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        else:
-            parts.append(forming.of(leaf))
-    if forming.closed:
-        parts.append(object())
+    parts: list[Any] = [*map(forming.of, leaves), object() if forming.closed else None, modes()]
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
-    kind = torch.device(device).type
-    # Of meta tensors torch knows no autocast, only how to fail when asked for its dtype.
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return tuple(parts), str(treespec), str(device), torch.get_autocast_dtype(kind) if casts else None
+    return tuple(parts), str(treespec), str(device)
 
 
 def usable(device: torch.device | str) -> torch.device:

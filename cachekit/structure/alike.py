@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._device import DeviceContext
 
 from cachekit.running.shadow import HOOKS
 from cachekit.structure.forms import PLAIN, Forming, form
 from cachekit.structure.numbering import address, version_of
-from cachekit.structure.reach import Reach
+from cachekit.structure.reach import Reach, modes
 from cachekit.structure.record import Call, Const, Leaf, Part, Tree, list_name
 
 
@@ -118,8 +117,8 @@ class Accounts:
         """What a block and its arguments look like, or None where that does not say all."""
         if "forward" in vars(block) or any(vars(block)[name] for name in HOOKS):
             return None
-        arguments, modes = _arguments(block, args, kwargs), _modes()
-        if arguments is None or modes is None:
+        arguments, others = _arguments(block, args, kwargs), modes()
+        if arguments is None or others is None:
             return None
         known = self._forms.get(id(block))
         if known is None or not known[1]():
@@ -129,7 +128,8 @@ class Accounts:
             if forming.closed:
                 return None
             known = self._forms[id(block)] = (like, parts), forming.unchanged()
-        return Sight(known[0], arguments, modes, list_name(path))
+        grads = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return Sight(known[0], arguments, (*grads, *others), list_name(path))
 
     def find(self, block: nn.Module, sight: Sight | None) -> Account | None:
         """The account of another call that is known to do the same as this one."""
@@ -199,25 +199,6 @@ def _arguments(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     forming = Forming()
     views = [(leaf.storage_offset(), leaf.is_conj(), leaf.is_neg()) for leaf in leaves if isinstance(leaf, Tensor)]
     return treespec, [*map(forming.of, leaves)], views
-
-
-def _modes() -> tuple[Any, ...] | None:
-    """The modes of the thread, or None where one may do anything."""
-    functions = torch.overrides._get_current_function_mode_stack()
-    if not all(type(mode) is DeviceContext for mode in functions) or nn.modules.module._has_any_global_hook():
-        return None
-    casts = [
-        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        for kind in ("cpu", "cuda", "xpu", "mps")
-        if torch.amp.is_autocast_available(kind)
-    ]
-    kernels = [
-        getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")
-    ]
-    return (
-        *(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled()),
-        *(torch.get_default_dtype(), [mode.device for mode in functions], casts, kernels),
-    )
 
 
 class Watched:

@@ -32,6 +32,7 @@ from cachekit.structure.forms import PLAIN, tensors_in
 from cachekit.structure.layout import Layout
 from cachekit.structure.leftovers import Surroundings, check_gone
 from cachekit.structure.numbering import Numbering, version_of
+from cachekit.structure.reach import settled
 from cachekit.structure.record import Leaf, Record
 from cachekit.structure.recorder import Recorder
 
@@ -308,7 +309,7 @@ class Twin:
 
 
 def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
-    """Whether any of these objects is held by the roots, but for what classes and modules of Python hold."""
+    """Whether any of these objects is held by the roots, but for what modules of Python hold."""
     skipped = {id(vars(module)) for module in [*sys.modules.values()] if isinstance(module, types.ModuleType)}
     seen: set[int] = set()
     layer: list[Any] = [*roots]
@@ -318,7 +319,8 @@ def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
             for each in gc.get_referents(*layer)
             if id(each) not in seen
             and id(each) not in skipped
-            and not isinstance(each, (type, types.ModuleType))
+            and not isinstance(each, types.ModuleType)
+            and not (isinstance(each, type) and settled(each.__module__))
             and not seen.add(id(each))
         ]
         if not wanted.isdisjoint(map(id, layer)):

@@ -8,9 +8,7 @@ whatever holds it.
 
 from __future__ import annotations
 
-import functools
 import gc
-import operator
 import types
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cachekit.errors import StructureError
-from cachekit.structure.reach import CACHE, Reach
+from cachekit.structure.reach import CACHE, CALLED, Reach
 
 DEPTH = 3
 """How many containers may lie around a tensor that code keeps."""
@@ -30,7 +28,7 @@ class Surroundings:
     """What the code of a model can reach outside of it, as it is now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._reach = Reach(["forward", "__call__"])
+        self._reach = Reach(CALLED)
         self._reach.see(model)
         self._reach.follow()
 

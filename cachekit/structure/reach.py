@@ -17,14 +17,19 @@ import types
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import DeviceContext
 
-from cachekit.structure.forms import BOUND, FIXED, PLAIN, attributes_only
+from cachekit.structure.forms import BOUND, FIXED, HEAP, PLAIN, Forming, Same, attributes_only
 
 SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
 """Packages that keep nothing of what a model computes, and whose globals do not decide what it does, beside the modes
 of the thread."""
+
+CALLED = ("forward", "__call__")
+"""What is asked of a model and of what is inside it."""
 
 LIMIT = 50_000
 """How many values are looked at before it is said that they cannot all be."""
@@ -35,9 +40,15 @@ UNSEEN = {"globals", "locals", "vars", "eval", "exec", "__import__"}
 CACHE = type(functools.lru_cache(len))
 STATELESS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
 STATELESS += (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias, types.ModuleType)
-STATELESS += (type(int | str), type(NotImplemented), type(...), *FIXED)
+STATELESS += (type(int | str), type(NotImplemented), type(...), torch.library.Library, *FIXED)
+STATELESS_IN = ("typing", "logging", "re", "inspect", "_abc", "functools", "dataclasses")
+"""Packages whose objects decide nothing."""
+
 MODULE = vars(nn.Module()).keys()
 """What every module holds. Most of it is empty."""
+
+LINKS = ("dict", "_lru_list_elem")
+"""Of what `functools.lru_cache` is made of."""
 
 MISSING: Any = object()
 
@@ -49,7 +60,6 @@ class Held(NamedTuple):
     now: Callable[[], Mapping[Any, Any]]
     put: Callable[[Any, Any], Any]  # give a key its value back
     drop: Callable[[Any], Any]  # remove a key that was not there
-    hidden: bool = False  # what it holds cannot be seen, only that it is something else
 
     def same(self) -> bool:
         """Whether it holds the very same."""
@@ -60,7 +70,7 @@ class Held(NamedTuple):
         """Give back the values of before in the place of those that are not wanted there."""
         for key, value in [*self.now().items()]:
             was = self.before.get(key, MISSING)
-            if value is was or not (self.hidden or unwanted(value)):
+            if value is was or not unwanted(value):
                 continue
             if was is MISSING:
                 self.drop(key)
@@ -91,6 +101,20 @@ class Reach:
     def same(self) -> bool:
         """Whether everything that was seen holds what it held then."""
         return all(held.same() for held in self._held)
+
+    def form(self) -> Any:
+        """What was seen, as a value that keeps nothing alive."""
+        numbers = {place: n for n, place in enumerate(self._seen)}
+
+        def of(value: Any) -> Any:
+            if isinstance(value, PLAIN):
+                return type(value), value
+            if isinstance(value, tuple):
+                return type(value), *map(of, value)
+            one = Same(value)
+            return one if one == one else (type(value).__name__, numbers.get(id(value)))
+
+        return tuple(tuple((of(key), of(value)) for key, value in held.before.items()) for held in self._held)
 
     def take_out(self, unwanted: Callable[[Any], bool]) -> None:
         """Give back what was there in the place of what is not wanted there."""
@@ -200,7 +224,9 @@ class Reach:
             self._mapping(vars(value))
             empty = (name for name in MODULE & vars(value).keys() if not vars(value)[name])
             return kind, *(vars(value)[name] for name in vars(value).keys() - {*empty})
-        if isinstance(value, STATELESS) or kind is object or kind.__module__ in ("typing", "logging", "re", "inspect", "_abc", "functools"):
+        if isinstance(value, STATELESS) or kind is object or kind.__module__ in STATELESS_IN:
+            return ()
+        if callable(value) and not kind.__flags__ & HEAP:  # a function of C
             return ()
         if not attributes_only(kind):
             self.closed.append(value)
@@ -270,23 +296,68 @@ class Reach:
         return before
 
     def _set(self, values: set[Any]) -> Iterable[Any]:
-        before = [*values]
+        def now() -> dict[int, Any]:
+            return {id(each): each for each in values}
 
         def put(*_: Any) -> None:
             values.clear()
-            values.update(before)
+            values.update(before.values())
 
-        self._held.append(Held({id(each): each for each in before}, lambda: {id(each): each for each in values}, put, put))
-        return before
+        before = now()
+        self._held.append(Held(before, now, put, put))
+        return before.values()
 
     def _cache(self, cache: Any) -> Iterable[Any]:
-        def now() -> dict[int, None]:
-            return {cache.cache_info().misses: None}
+        def now() -> dict[int, Any]:
+            held = gc.get_referents(cache)  # where there is no limit, what it holds is in a dict
+            held += [value for each in held if isinstance(each, dict) for value in each.values()]
+            return {id(each): each for each in held if not isinstance(each, PLAIN) and type(each).__name__ not in LINKS}
 
-        self._held.append(Held(now(), now, lambda *_: None, lambda _: cache.cache_clear(), hidden=True))
-        held = gc.get_referents(cache)
-        held += [value for each in held if isinstance(each, dict) for value in each.values()]
-        return [each for each in held if not isinstance(each, dict) and type(each).__name__ != "_lru_list_elem"]
+        def clear(*_: Any) -> None:
+            cache.cache_clear()
+
+        before = now()
+        self._held.append(Held(before, now, clear, clear))
+        return before.values()
+
+
+class Standing:
+    """A model, and what its code can get at, as it is now.
+
+    Attributes:
+        form: equal to that of another time where nothing has changed that decides what the model does. Where there is
+            something that cannot be seen, it is equal to nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        forming, self._reach = Forming(), Reach(CALLED)
+        inside = forming.of(model)
+        self._reach.see(*forming.classes, *forming.functions)
+        self._reach.follow()
+        self._closed = forming.closed or bool(self._reach.closed)
+        self._unchanged = forming.unchanged()
+        self.form: Any = object() if self._closed else (inside, self._reach.form())
+
+    def same(self) -> bool:
+        """Whether that is so now."""
+        return not self._closed and self._unchanged() and self._reach.same()
+
+
+def modes() -> tuple[Any, ...] | None:
+    """The modes of the thread, but for those of autograd, or None where one may do anything."""
+    functions = torch.overrides._get_current_function_mode_stack()
+    if not all(type(mode) is DeviceContext for mode in functions) or nn.modules.module._has_any_global_hook():
+        return None
+    casts = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda", "xpu", "mps")
+        if torch.amp.is_autocast_available(kind)
+    ]
+    kernels = [
+        getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")
+    ]
+    settings = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    return *settings, tuple(mode.device for mode in functions), tuple(casts), tuple(kernels)
 
 
 class Asked(NamedTuple):
