@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import array
 import collections
+import contextvars
 import gc
+import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import dit
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import cachekit as ck
@@ -281,3 +285,131 @@ def test_a_parameter_of_another_shape_inside_is_recorded_again():
             parameter.data = parameter.data.double()
         out, _ = step(step.init(2, x.double()), x.double())
         assert torch.equal(out, model(x.double()))
+
+
+class Told:
+    """What decides and is no attribute of the model."""
+
+    of_class = False
+    container: ClassVar[list[Any]] = [{"deep": {"value": False}}]
+    variable: contextvars.ContextVar[bool] = contextvars.ContextVar("variable", default=False)
+    slot = type("Slot", (), {"__slots__": ("value",)})()
+
+    def plain(self) -> bool:
+        """A method that is replaced on the class."""
+        return False
+
+
+def around() -> tuple[Callable[[], bool], Callable[[bool], None]]:
+    """A variable of a function around two others."""
+    told = False
+
+    def put(value: bool) -> None:
+        nonlocal told
+        told = value
+
+    return lambda: told, put
+
+
+def noted(default: bool = False) -> bool:
+    """A function with an attribute, and a default."""
+    return default or getattr(noted, "value", False)
+
+
+GLOBAL = False
+of_closure, tell_closure = around()
+Told.slot.value = False
+
+TELL: dict[str, Callable[[bool], Any]] = {
+    "class": lambda told: setattr(Told, "of_class", told),
+    "method": lambda told: setattr(Told, "plain", lambda self: told),
+    "container": lambda told: Told.container[0]["deep"].update(value=told),
+    "context": Told.variable.set,
+    "slot": lambda told: setattr(Told.slot, "value", told),
+    "closure": tell_closure,
+    "default": lambda told: setattr(noted, "__defaults__", (told,)),
+    "attribute": lambda told: setattr(noted, "value", told),
+    "global": lambda told: globals().update(GLOBAL=told),
+    "environment": lambda told: os.environ.update(CACHEKIT_TOLD="1" if told else ""),
+}
+
+
+class Asking(Turning):
+    """It asks for each of these, and for what it is given."""
+
+    def asked(self, given) -> list[bool]:
+        """What it is told."""
+        outside = [Told.of_class, Told().plain(), Told.container[0]["deep"]["value"], Told.variable.get()]
+        outside += [Told.slot.value, of_closure(), noted(), GLOBAL, bool(os.environ.get("CACHEKIT_TOLD"))]
+        given = [given.requires_grad, not given.is_contiguous(), given.dim() == 3, isinstance(given, nn.Parameter)]
+        return outside + given
+
+    def forward(self, x, given):
+        """New tokens."""
+        self.held = [sum(self.asked(given)) % 2]
+        return super().forward(x)
+
+
+GIVEN = {
+    "as it is": torch.ones(4, 4),
+    "with gradients": torch.ones(4, 4, requires_grad=True),
+    "other strides": torch.ones(4, 4)[:, ::2].expand(4, 2),
+    "more dimensions": torch.ones(1, 4, 4),
+    "a parameter": nn.Parameter(torch.ones(4, 4), requires_grad=False),
+}
+
+
+@pytest.fixture
+def told():
+    yield
+    for tell in TELL.values():
+        tell(False)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    saying=st.lists(
+        st.tuples(st.sampled_from(sorted(TELL)), st.booleans(), st.sampled_from(sorted(GIVEN)), st.booleans())
+    )
+)
+def test_whatever_the_model_is_told_outside_the_next_init_knows(told, saying):
+    model, x = Asking([0]), torch.ones(1, 3, 8)
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    with torch.no_grad():
+        for how, value, given, same in [("class", False, "as it is", True), *saying]:
+            TELL[how](value)
+            step = step if same else ck.cache(model, ck.step_mask([1, 0]))
+            out, _ = step(step.init(2, x, GIVEN[given]), x, GIVEN[given])
+            assert torch.equal(out, model(x, GIVEN[given]))
+
+
+def of_class(hold: Callable[[type, nn.Module], object]) -> Callable[[], nn.Module]:
+    """A model whose class of blocks holds it in some way."""
+
+    def make() -> nn.Module:
+        class Holding(Residual):
+            """A block."""
+
+        made = Turning([0])
+        made.blocks = nn.ModuleList(Holding() for _ in range(3))
+        hold(Holding, made)
+        return made
+
+    return make
+
+
+HOLDING = {
+    "closure": of_class(lambda kind, model: setattr(kind, "ask", lambda self: model)),
+    "attribute": of_class(lambda kind, model: setattr(kind, "owner", model)),
+    "container": of_class(lambda kind, model: setattr(kind, "owners", {"all": [model]})),
+}
+
+
+@pytest.mark.parametrize("how", HOLDING)
+def test_a_model_that_its_classes_hold_is_not_kept_alive(how):
+    model = HOLDING[how]()
+    ck.cache(model, ck.step_mask([1, 0])).init(2, torch.ones(1, 3, 8))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -196,9 +196,12 @@ def take_over(site: nn.Module) -> None:
     _follow(site.__dict__["_block"], site, kept)
 
 
-@functools.cache
 def _site_type(block_class: type, site_class: type) -> type:
-    return type(block_class.__name__, (site_class, block_class), {"__module__": site_class.__module__})
+    bases = (site_class, block_class)
+    for made in type.__subclasses__(block_class):  # Python knows them, and keeps none of them alive
+        if made.__bases__ == bases:
+            return made
+    return type(block_class.__name__, bases, {"__module__": site_class.__module__})
 
 
 def rebind(value: Any, replace: Mapping[int, Any]) -> Any:

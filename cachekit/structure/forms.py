@@ -203,7 +203,6 @@ def _address(tensor: Tensor) -> int | None:
         return None
 
 
-@functools.lru_cache(maxsize=1024)
 def attributes_only(kind: type) -> bool:
     """Whether all that an object of this class holds is among its attributes."""
     if issubclass(kind, types.SimpleNamespace):
