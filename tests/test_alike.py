@@ -6,6 +6,7 @@ import collections
 import contextvars
 import functools
 import gc
+import os
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -193,6 +194,12 @@ class CountsOnTheClass(Block):
         return x + self.part(x) if self.seen % 3 else x - self.part(x)
 
 
+class Toggles(Block):
+    def forward(self, x):
+        table["sign"] = -table["sign"]
+        return x + self.part(x) * table["sign"]
+
+
 class CountsInAClosure(Block):
     def forward(self, x):
         return x + self.part(x) if count() % 3 else x - self.part(x)
@@ -266,6 +273,7 @@ class Model(nn.Module):
 
 # What a block does is not a function of what can be compared, so each is looked at.
 SECRETIVE = (
+    Toggles,
     *(Counts, CountsInAContainer, CountsOnTheClass, CountsInAClosure, CountsOnItself),
     *(ReadsOutside, ReadsATable, Collects, Writes, HandsOnAView, ReturnsAnObject),
 )
@@ -279,6 +287,7 @@ def test_a_block_that_does_more_than_compute_is_no_account_of_others(block):
         global calls, count
         calls, count, CountsOnTheClass.seen = 0, counter(), 0
         table.pop("calls", None)
+        table["sign"] = 1
         rotary.cache_clear()
         collected.clear()
 
@@ -476,9 +485,21 @@ def closed() -> tuple[Callable[[float], None], Callable[[], float]]:
     return lambda value: kept.__setitem__(0, value), lambda: kept[0]
 
 
+def asked() -> float:
+    """The environment."""
+    return float(os.environ["CACHEKIT_TOLD"])
+
+
 def noted() -> float:
     """An attribute of a function."""
     return noted.value  # type: ignore[attr-defined]
+
+
+def patched() -> tuple[Callable[[float], None], Callable[[], float]]:
+    """A function of torch that somebody has put another one in the place of, with a variable around it."""
+    say, ask = closed()
+    torch.patched_by_a_test = ask  # type: ignore[attr-defined]
+    return say, lambda: torch.patched_by_a_test()  # type: ignore[attr-defined]
 
 
 SAYS: dict[str, tuple[Callable[[float], Any], Callable[[], float]]] = {
@@ -488,6 +509,8 @@ SAYS: dict[str, tuple[Callable[[float], Any], Callable[[], float]]] = {
     "an array": (lambda value: Shared.numbers.__setitem__(0, value), lambda: float(Shared.numbers[0])),
     "a context": (Shared.variable.set, Shared.variable.get),
     "a closure": closed(),
+    "a patch of torch": patched(),
+    "the environment": (lambda value: os.environ.update(CACHEKIT_TOLD=str(value)), asked),
     "a function": (lambda value: setattr(noted, "value", value), noted),
 }
 

@@ -312,3 +312,43 @@ def test_what_compiles_does_so_again_after_threads_have_met_in_a_trial():
     for each in threads:
         each.join()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+class Reading(Model):
+    """Its blocks look the table up themselves."""
+
+    def __init__(self, keeper: str) -> None:
+        super().__init__(keeper)
+        self.blocks = nn.ModuleList(ReadingBlock(keeper) for _ in range(3))
+
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        """New tokens."""
+        KEEPERS[self.keeper](x.shape[1])
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ReadingBlock(Block):
+    """A block that looks a table up."""
+
+    def __init__(self, keeper: str) -> None:
+        super().__init__()
+        self.keeper = keeper
+
+    def forward(self, x: Tensor, memory: Any = None) -> Tensor:
+        """New tokens."""
+        return x + self.mlp(x) * KEEPERS[self.keeper](x.shape[1])
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_what_blocks_look_up_outside_is_never_a_fake_tensor(keeper):
+    forget()
+    model = Reading(keeper)
+    with torch.no_grad():
+        step = ck.cache(model, POLICIES["chain"])
+        state = step.init(STEPS, tokens())
+        assert not any(isinstance(each, FakeTensor) for each in held())
+        out, _ = step(state, tokens())
+        assert torch.equal(out, model(tokens()))
+    forget()

@@ -21,6 +21,7 @@ from torch import nn
 
 import cachekit as ck
 from cachekit.structure import discovery, store
+from cachekit.structure.reach import Standing
 
 POLICIES = (
     ck.step_mask([1, 0, 1, 0]),
@@ -292,12 +293,17 @@ class Told:
 
     of_class = False
     container: ClassVar[list[Any]] = [{"deep": {"value": False}}]
-    variable: contextvars.ContextVar[bool] = contextvars.ContextVar("variable", default=False)
-    slot = type("Slot", (), {"__slots__": ("value",)})()
 
     def plain(self) -> bool:
         """A method that is replaced on the class."""
         return False
+
+
+class Dark:
+    """What decides, and hides what it holds."""
+
+    variable: contextvars.ContextVar[bool] = contextvars.ContextVar("variable", default=False)
+    slot = type("Slot", (), {"__slots__": ("value",)})()
 
 
 def around() -> tuple[Callable[[], bool], Callable[[bool], None]]:
@@ -318,14 +324,14 @@ def noted(default: bool = False) -> bool:
 
 GLOBAL = False
 of_closure, tell_closure = around()
-Told.slot.value = False
+Dark.slot.value = False
 
 TELL: dict[str, Callable[[bool], Any]] = {
     "class": lambda told: setattr(Told, "of_class", told),
     "method": lambda told: setattr(Told, "plain", lambda self: told),
     "container": lambda told: Told.container[0]["deep"].update(value=told),
-    "context": Told.variable.set,
-    "slot": lambda told: setattr(Told.slot, "value", told),
+    "context": Dark.variable.set,
+    "slot": lambda told: setattr(Dark.slot, "value", told),
     "closure": tell_closure,
     "default": lambda told: setattr(noted, "__defaults__", (told,)),
     "attribute": lambda told: setattr(noted, "value", told),
@@ -337,10 +343,12 @@ TELL: dict[str, Callable[[bool], Any]] = {
 class Asking(Turning):
     """It asks for each of these, and for what it is given."""
 
+    tells = ("class", "method", "container", "closure", "default", "attribute", "global", "environment")
+
     def asked(self, given) -> list[bool]:
         """What it is told."""
-        outside = [Told.of_class, Told().plain(), Told.container[0]["deep"]["value"], Told.variable.get()]
-        outside += [Told.slot.value, of_closure(), noted(), GLOBAL, bool(os.environ.get("CACHEKIT_TOLD"))]
+        outside = [Told.of_class, Told().plain(), Told.container[0]["deep"]["value"], of_closure(), noted(), GLOBAL]
+        outside += [bool(os.environ.get("CACHEKIT_TOLD"))]
         given = [given.requires_grad, not given.is_contiguous(), given.dim() == 3, isinstance(given, nn.Parameter)]
         return outside + given
 
@@ -348,6 +356,16 @@ class Asking(Turning):
         """New tokens."""
         self.held = [sum(self.asked(given)) % 2]
         return super().forward(x)
+
+
+class AskingInTheDark(Asking):
+    """It asks for what nobody can see change, too."""
+
+    tells = (*Asking.tells, "context", "slot")
+
+    def asked(self, given) -> list[bool]:
+        """What it is told."""
+        return [*super().asked(given), Dark.variable.get(), Dark.slot.value]
 
 
 GIVEN = {
@@ -366,21 +384,28 @@ def told():
         tell(False)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    saying=st.lists(
-        st.tuples(st.sampled_from(sorted(TELL)), st.booleans(), st.sampled_from(sorted(GIVEN)), st.booleans())
-    )
-)
-def test_whatever_the_model_is_told_outside_the_next_init_knows(told, saying):
-    model, x = Asking([0]), torch.ones(1, 3, 8)
+@pytest.mark.parametrize("kind", [Asking, AskingInTheDark])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_the_model_is_told_outside_the_next_init_knows(told, kind, data):
+    model, x = kind([0]), torch.ones(1, 3, 8)
     step = ck.cache(model, ck.step_mask([1, 0]))
+    saying = st.tuples(st.sampled_from(kind.tells), st.booleans(), st.sampled_from(sorted(GIVEN)), st.booleans())
     with torch.no_grad():
-        for how, value, given, same in [("class", False, "as it is", True), *saying]:
+        for how, value, given, same in [("class", False, "as it is", True), *data.draw(st.lists(saying, max_size=4))]:
             TELL[how](value)
             step = step if same else ck.cache(model, ck.step_mask([1, 0]))
             out, _ = step(step.init(2, x, GIVEN[given]), x, GIVEN[given])
             assert torch.equal(out, model(x, GIVEN[given]))
+
+
+@pytest.mark.parametrize("how", Asking.tells)
+def test_what_the_model_is_told_outside_is_another_form(told, how):
+    model = Asking([0])
+    before = Standing(model)
+    assert before.same() and before.form == Standing(model).form
+    TELL[how](True)
+    assert not before.same() and before.form != Standing(model).form
 
 
 def of_class(hold: Callable[[type, nn.Module], object]) -> Callable[[], nn.Module]:

@@ -139,7 +139,7 @@ class Reach:
         own = free_variables(code)
         if own and code not in self.functions and not any(code in each.co_consts for each in self._codes):
             self.closed.append(code)  # whose variables it sees is not known
-        if asked.sets or (UNSEEN & asked.names) - names.keys():
+        if (UNSEEN & asked.names) - names.keys():
             self.closed.append(code)
         if asked.names & {"environ", "getenv"}:
             self.see(os.environ)
@@ -366,7 +366,6 @@ class Asked(NamedTuple):
     names: frozenset[str]
     texts: frozenset[str]  # by which `getattr` may ask
     imports: frozenset[tuple[int, str]]  # modules of Python, and how many packages above
-    sets: bool  # a global or a variable of a function around it
 
 
 @functools.lru_cache(maxsize=4096)
@@ -381,11 +380,6 @@ def names_in(code: types.CodeType) -> Asked:
             (steps[place - 2].argval, each.argval)  # the level is loaded before the names, and these before it imports
             for place, each in enumerate(steps)
             if each.opname == "IMPORT_NAME" and (steps[place - 2].argval or not settled(each.argval))
-        ),
-        any(
-            each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")
-            or (each.opname in ("STORE_DEREF", "DELETE_DEREF") and each.argval in code.co_freevars)
-            for each in steps
         ),
     )
 
