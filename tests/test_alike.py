@@ -7,8 +7,10 @@ import contextvars
 import functools
 import gc
 import os
+import sys
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import dit
@@ -18,6 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 import cachekit as ck
 from cachekit.diffusers import zoo
@@ -194,10 +198,16 @@ class CountsOnTheClass(Block):
         return x + self.part(x) if self.seen % 3 else x - self.part(x)
 
 
-class Toggles(Block):
+class Toggles(nn.Module):
+    """Nothing stands inside, so it is run once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
     def forward(self, x):
         table["sign"] = -table["sign"]
-        return x + self.part(x) * table["sign"]
+        return x + self.weight * table["sign"]
 
 
 class CountsInAClosure(Block):
@@ -393,6 +403,42 @@ def test_a_global_that_has_changed_is_looked_at():
     assert check(Model(Signed, signed), (X,)) == 2
 
 
+class Scaling(TorchFunctionMode):
+    """A mode that changes what functions of torch return."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return 3 * out if func is torch.tanh else out
+
+
+class Attends(Block):
+    def forward(self, x):
+        return x + nn.functional.scaled_dot_product_attention(*[self.part(x).unsqueeze(1)] * 3).squeeze(1)
+
+
+def hooked() -> Any:
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: 2 * out if isinstance(module, Block) else None
+    )
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "a mode of functions": Scaling,
+    "an attention kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+    "a hook of all modules": hooked,
+    "a device": lambda: torch.device("cpu"),
+}
+
+
+@pytest.mark.parametrize("what", MODES)
+def test_a_block_under_another_mode_is_looked_at(what):
+    def call(block: nn.Module, x: Tensor, n: int) -> Tensor:
+        with MODES[what]() if n == 2 else nullcontext():
+            return block(x)
+
+    assert check(Model(Attends, call), (X,)) == (2 if what in ("an attention kernel", "a device") else 1)
+
+
 def test_an_object_among_the_arguments_is_no_value():
     model = Model(Block, lambda block, x, n: block(x, types.SimpleNamespace()))
     _, looked = recorded(model, (X,))
@@ -502,6 +548,36 @@ def patched() -> tuple[Callable[[float], None], Callable[[], float]]:
     return say, lambda: torch.patched_by_a_test()  # type: ignore[attr-defined]
 
 
+def by_text() -> float:
+    """An attribute of a module of Python that is asked for by its name."""
+    return getattr(Shared.module, "value")  # noqa: B009 - that is the point
+
+
+def imported() -> float:
+    """One of a module that is imported by the function."""
+    import settings_of_a_test  # type: ignore[import-not-found]
+
+    return settings_of_a_test.value
+
+
+def looked_up() -> float:
+    """A global that the code does not name."""
+    return globals()["LOOKED" + "_UP"]
+
+
+sys.modules["settings_of_a_test"] = settings = Shared.module
+
+
+def named_by_text() -> float:
+    """The same of a module that is a global."""
+    return getattr(settings, "value")  # noqa: B009 - that is the point
+
+
+def say_in_the_module(value: float) -> None:
+    """Say it in a module of Python."""
+    settings.value = value  # type: ignore[attr-defined]
+
+
 SAYS: dict[str, tuple[Callable[[float], Any], Callable[[], float]]] = {
     "a slot": (lambda value: setattr(Shared.slot, "value", value), lambda: Shared.slot.value),
     "a module": (lambda value: setattr(Shared.module, "value", value), lambda: Shared.module.value),
@@ -509,6 +585,10 @@ SAYS: dict[str, tuple[Callable[[float], Any], Callable[[], float]]] = {
     "an array": (lambda value: Shared.numbers.__setitem__(0, value), lambda: float(Shared.numbers[0])),
     "a context": (Shared.variable.set, Shared.variable.get),
     "a closure": closed(),
+    "a text": (say_in_the_module, by_text),
+    "a text of a global": (say_in_the_module, named_by_text),
+    "an import": (say_in_the_module, imported),
+    "all globals": (lambda value: globals().update(LOOKED_UP=value), looked_up),
     "a patch of torch": patched(),
     "the environment": (lambda value: os.environ.update(CACHEKIT_TOLD=str(value)), asked),
     "a function": (lambda value: setattr(noted, "value", value), noted),
