@@ -92,6 +92,7 @@ def sample(call: Callable[[int], Any], now: set[str]) -> Sampled:
         plain = out.to_tuple() if hasattr(out, "to_tuple") else out
         sampled.outputs.append([leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)])
         sampled.ran.append(frozenset(now))
+    now.clear()  # what a hook has noted is a change of the model
     return sampled
 
 

@@ -141,6 +141,7 @@ def sample(call: Callable[[int], Any], ran: list[int], steps: int) -> Sampled:
         sampled.outputs.append(tensors(call(step)))
         assert len(ran) <= 1
         sampled.computed.append(bool(ran))
+    ran.clear()  # what a hook has noted is a change of the model
     return sampled
 
 

@@ -166,7 +166,7 @@ class Twin:
 
     def record(self) -> Record:
         """Its forward, recorded."""
-        with self._mode, self._alone():
+        with self._mode, self._alone(Surroundings(self._model)):
             found = _record(self._model, self._paths, self._parts, *self._fresh(), self._accounts, self._made)
         self._check_gone()
         return found
@@ -177,10 +177,11 @@ class Twin:
         if not layout.spans and self._accounts.whole and all(part.startswith(inside) for part in layout.parts):
             return True  # every block runs in its turn, and with sites inside does what it does without
         # What is told of blocks that are alike is not held against the model before the model has been asked in full.
+        around = Surroundings(self._model)
         for told in (True, False):
-            as_a_step = self._as_a_step(layout, told)
+            as_a_step = self._as_a_step(layout, told, around)
             self._check_gone()
-            as_it_is = self._as_it_is(told)
+            as_it_is = self._as_it_is(told, around)
             self._check_gone()
             if as_a_step == as_it_is:
                 return True
@@ -202,7 +203,7 @@ class Twin:
         numbering.made = self._made
         return numbering
 
-    def _as_a_step(self, layout: Layout, told: bool) -> list[int]:
+    def _as_a_step(self, layout: Layout, told: bool, around: Surroundings) -> list[int]:
         numbering = self._numbering()
         made = stands(self._model, self._paths, layout.early, layout.parts)
         frame: Frame = {
@@ -224,12 +225,12 @@ class Twin:
                 path: self._teller(numbering, path, block, passed) for path, block in made.blocks.items()
             }
         args, kwargs = self._fresh()
-        found = self._numbers_of(numbering, lambda: run_framed(frame, made.root, args, kwargs))
+        found = self._numbers_of(numbering, around, lambda: run_framed(frame, made.root, args, kwargs))
         check_reached(frame)
         frame.clear()  # what tells holds on to it
         return found
 
-    def _as_it_is(self, told: bool) -> list[int]:
+    def _as_it_is(self, told: bool, around: Surroundings) -> list[int]:
         if told not in self._numbers:
             numbering, (args, kwargs) = self._numbering(), self._fresh()
 
@@ -237,20 +238,19 @@ class Twin:
                 with self._telling(numbering) if told else nullcontext():
                     return self._model(*args, **kwargs)
 
-            self._numbers[told] = self._numbers_of(numbering, run)
+            self._numbers[told] = self._numbers_of(numbering, around, run)
         return self._numbers[told]
 
-    def _numbers_of(self, numbering: Numbering, run: Callable[[], Any]) -> list[int]:
-        with self._mode, self._alone(), torch.inference_mode(False), torch.no_grad(), numbering:
+    def _numbers_of(self, numbering: Numbering, around: Surroundings, run: Callable[[], Any]) -> list[int]:
+        with self._mode, self._alone(around), torch.inference_mode(False), torch.no_grad(), numbering:
             out = run()
         return [numbering.number(leaf) for leaf in (*pytree.tree_leaves(out), *self._given)]
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, around: Surroundings) -> Iterator[None]:
         """Every run begins with the same attributes, and leaves nothing outside: what the model keeps would else be
         there already, or stay there.
         """
-        surroundings = Surroundings(self._model)
         held = [held for module in self._model.modules() for held in (vars(module), module._buffers)]
         before = [dict(each) for each in held]
         try:
@@ -260,7 +260,7 @@ class Twin:
             for each, items in zip(held, before, strict=True):
                 each.clear()
                 each.update(items)
-            surroundings.restore()
+            around.restore()
 
     def _teller(
         self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.record import KINDS, Key
 
+ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
+VIEWS = {
+    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "cat"),
+    *("clone", "_to_copy", "contiguous", "split", "split_with_sizes", "expand", "alias", "detach", "stack", "unbind"),
+    *("clamp", "clip", "where"),  # e.g. a clip of float16 overflow at the end of a block
+}
 # The operands of a product of matrices, by operator: their places among its arguments.
 PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 # Query and value of an attention that is one operator.
-FUSED = re.compile(r"scaled_dot_product|multi_head_attention|flex_attention|flash_attn|flash_attention")
+FUSED = re.compile(r"scaled_dot_product|(^|_)(attn|attention|sdpa|fmha|mha)(_|\d|$)|flash_?attn|sageattn")
+# What is linear in a tensor, beside a product with a weight.
+LINEAR = {"mul", "mul_", "div", "div_", "native_dropout", "neg", "sum", "mean"}
+NATIVE = ("aten", "prims", "prim")
 TEMPORAL = re.compile(r"(^|[._])(temporal|temp|time|motion)")
 
 Origin = tuple[int, Key]
@@ -29,14 +39,25 @@ Sites: TypeAlias = str | tuple[str, ...] | Mapping[str, tuple[str, ...]]
 """A name of what is left out, patterns of names, or such patterns by kind."""
 
 
-class Activity:
-    """What happened while one module ran."""
+PRODUCT, BENT = "product", "bent"
+"""Instead of the key of an argument: what has met a weight, and what has been bent (through no linear thing) since."""
 
-    def __init__(self, number: int) -> None:
+
+class Activity:
+    """What happened while one module ran.
+
+    Args:
+        number: of the call.
+        first: the key of its first argument that is a tensor.
+    """
+
+    def __init__(self, number: int, first: Key | None) -> None:
         self.number = number
+        self.first = first
         self.pairs: list[tuple[frozenset[Origin], frozenset[Origin]]] = []  # query, and key and value; or factors
         self.fused = False
-        self.products = 0  # with weights or without, those of modules inside included
+        self.weighted = False  # activations met weights, here or in a module inside
+        self.serial = False  # a product, something that is not linear, and a product: on the way of the first argument
         self.attended = False  # here or in a module inside
 
     @property
@@ -51,6 +72,19 @@ class Activity:
         others = frozenset(origin for origin in self.pairs[0][1] | self.pairs[-1][1] if origin[0] == self.number)
         return bool(query and others) and not query & others
 
+    @property
+    def core(self) -> bool:
+        """Whether it does nothing but attend: what it is given has been projected outside, where attention is known."""
+        return self.attends and not self.weighted
+
+    def passed(self, origins: frozenset[Origin], *, product: bool, linear: bool) -> frozenset[Origin]:
+        """What is to be said of the result of an operator, besides where it comes from."""
+        multiplied, bent = (self.number, PRODUCT), (self.number, BENT)
+        if product:
+            self.serial |= bent in origins
+            return frozenset({multiplied}) if (self.number, self.first) in origins else frozenset()
+        return frozenset({bent}) if multiplied in origins and not linear else frozenset()
+
 
 class Watch:
     """Follows which arguments of the modules that run reach which operators."""
@@ -63,7 +97,8 @@ class Watch:
     def enter(self, given: Mapping[Key, Any]) -> Activity:
         """A module is called with these arguments."""
         self._count += 1
-        self.running.append(Activity(self._count))
+        first = next((key for key, value in given.items() if isinstance(value, Tensor)), None)
+        self.running.append(Activity(self._count, first))
         live = {activity.number for activity in self.running}
         for key, value in given.items():
             for leaf in pytree.tree_leaves(value):
@@ -75,26 +110,49 @@ class Watch:
     def leave(self) -> None:
         """The innermost module returns, or fails."""
         inner = self.running.pop()
-        if self.running:
-            self.running[-1].products += inner.products
-            self.running[-1].attended |= inner.attended or inner.attends
+        if not self.running:
+            return
+        around = self.running[-1]
+        if inner.core:  # it is the one around that attends
+            around.pairs += inner.pairs
+            around.fused |= inner.fused
+        else:
+            around.attended |= inner.attends
+        around.weighted |= inner.weighted
+        around.attended |= inner.attended
 
-    def operator(self, name: str, args: Sequence[Any], outputs: Iterable[Tensor], computed, product: bool) -> None:
-        """An operator ran; `computed` tells a tensor that depends on the model's arguments from a weight."""
+    def operator(
+        self, func: Any, args: Sequence[Any], outputs: Sequence[Tensor], computed: Callable[[Tensor], Any], known: bool
+    ) -> None:
+        """An operator ran.
+
+        Args:
+            func: it.
+            args: its arguments.
+            outputs: the tensors that it returned.
+            computed: tells a tensor that depends on the model's arguments from a weight.
+            known: whether torch counts it as a product.
+        """
+        name = name_of(func)
         tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
         origins = frozenset().union(*(self._of(tensor) for tensor in tensors))
-        for output in outputs:
-            self._origins[output] = origins
-        here = self.running[-1]
-        here.products += product
-        if FUSED.search(name):
+        here, alive, weights = self.running[-1], [each for each in tensors if computed(each)], False
+        if attends(func, alive, outputs):
             here.fused = True
             operands = [self._of(arg) if isinstance(arg, Tensor) else frozenset() for arg in args[:3]]
             here.pairs.append((operands[0], frozenset().union(*operands[1:])))
-        elif name in PRODUCTS:
+            here.weighted |= any(isinstance(tensor, nn.Parameter) for tensor in tensors)
+        elif name in PRODUCTS and all(computed(args[place]) for place in PRODUCTS[name]):
             left, right = (args[place] for place in PRODUCTS[name])
-            if computed(left) and computed(right):
-                here.pairs.append((self._of(left), self._of(right)))
+            here.pairs.append((self._of(left), self._of(right)))
+        else:
+            weights = known or multiplies(func, alive, tensors, outputs)
+        here.weighted |= weights
+        linear = name in VIEWS or name in ADDITIONS or (name in LINEAR and len(alive) <= 1)
+        said = (each.passed(origins, product=weights, linear=linear) for each in self.running)
+        origins = origins.union(*said)
+        for output in outputs:
+            self._origins[output] = origins
 
     def _of(self, tensor: Tensor) -> frozenset[Origin]:
         return self._origins.get(tensor) or frozenset()
@@ -111,12 +169,60 @@ def kind_of(activity: Activity, path: str, given: Mapping[Key, Any], out: Any, f
         frames: batch, then what may be the number of frames, of a video model's first argument; else empty.
     """
     first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+    if activity.core:
+        return ""
     if activity.attends:
         if activity.crossed:
             return "cross"
         return "temporal" if TEMPORAL.search(path) or _in_time(first, frames) else "spatial"
     alike = isinstance(out, Tensor) and first is not None and first.ndim >= 3 and out.shape == first.shape
-    return "mlp" if alike and activity.products >= 2 and not activity.attended else ""
+    return "mlp" if alike and activity.serial and not activity.attended else ""
+
+
+def name_of(func: Any) -> str:
+    """Of an operator, without its namespace."""
+    return func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
+
+
+def attends(func: Any, computed: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Whether an operator is a whole attention: by its name, or by what it takes and returns where nobody knows it.
+
+    Args:
+        func: the operator.
+        computed: its arguments that are no weights.
+        outputs: the tensors that it returned.
+    """
+    if FUSED.search(name_of(func)):
+        return True
+    if _native(func) or len(computed) < 3 or not outputs:
+        return False
+    query, key, value = computed[:3]
+    heads = query.ndim == key.ndim == value.ndim == 4
+    return heads and key.shape[:-1] == value.shape[:-1] and outputs[0].shape[:-1] == query.shape[:-1]
+
+
+def multiplies(func: Any, computed: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Whether an operator that torch does not count is a product with a weight.
+
+    Args:
+        func: the operator.
+        computed: its arguments that are no weights.
+        tensors: all of them.
+        outputs: the tensors that it returned.
+    """
+    if not computed or not outputs or (_native(func) and "mm" not in name_of(func)):
+        return False
+    given, out = computed[0], outputs[0]
+    if given.ndim < 2 or out.ndim < 2:
+        return False
+    # Packed as they may be, a weight holds at least 4 bits for each pair of numbers.
+    least = given.shape[-1] * out.shape[-1] / 2
+    weights = [each for each in tensors if all(each is not one for one in computed)]
+    return any(each.numel() * each.element_size() >= least for each in weights) and given.shape[:-1] == out.shape[:-1]
+
+
+def _native(func: Any) -> bool:
+    return not isinstance(func, OpOverload) or func.namespace in NATIVE
 
 
 def patterns_of(sites: tuple[str, ...] | Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

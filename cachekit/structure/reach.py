@@ -47,8 +47,11 @@ STATELESS_IN = ("typing", "logging", "re", "inspect", "_abc", "functools", "data
 MODULE = vars(nn.Module()).keys()
 """What every module holds. Most of it is empty."""
 
-LINKS = ("dict", "_lru_list_elem")
-"""Of what `functools.lru_cache` is made of."""
+NOTED = {"__dict__", "__weakref__", "__slotnames__", "__annotations__", "__annotations_cache__", "_abc_impl"}
+"""What Python notes on a class: some of it when somebody asks."""
+
+LINK = "_lru_list_elem"
+"""What `functools.lru_cache` strings its values on."""
 
 MISSING: Any = object()
 
@@ -95,16 +98,20 @@ class Reach:
         self.closed: list[Any] = []
         self.functions: dict[types.CodeType, types.FunctionType] = {}
         self._held: list[Held] = []
+        self._caches: list[Held] = []
         self._seen: dict[int, Any] = {}  # kept, so that an id stays one object's
         self._codes: set[types.CodeType] = set()
 
-    def same(self) -> bool:
-        """Whether everything that was seen holds what it held then."""
-        return all(held.same() for held in self._held)
+    def same(self, *, caches: bool = True) -> bool:
+        """Whether everything that was seen holds what it held then.
+
+        Args:
+            caches: those of `functools.lru_cache`, too. What they hold decides nothing, unless somebody writes to it.
+        """
+        return all(held.same() for held in (*self._held, *(self._caches if caches else ())))
 
     def form(self) -> Any:
         """What was seen, as a value that keeps nothing alive."""
-        numbers = {place: n for n, place in enumerate(self._seen)}
 
         def of(value: Any) -> Any:
             if isinstance(value, PLAIN):
@@ -112,13 +119,13 @@ class Reach:
             if isinstance(value, tuple):
                 return type(value), *map(of, value)
             one = Same(value)
-            return one if one == one else (type(value).__name__, numbers.get(id(value)))
+            return one if one == one else type(value).__name__  # what it holds is in here, too
 
         return tuple(tuple((of(key), of(value)) for key, value in held.before.items()) for held in self._held)
 
     def take_out(self, unwanted: Callable[[Any], bool]) -> None:
         """Give back what was there in the place of what is not wanted there."""
-        for held in self._held:
+        for held in (*self._held, *self._caches):
             held.take_out(unwanted)
 
     def knows(self, code: types.CodeType) -> bool:
@@ -219,7 +226,7 @@ class Reach:
             self.closed.append(kind)
             return ()
         if isinstance(value, Tensor):  # what code reads of it is seen by the operators
-            return self._attributes(value) if kind in (Tensor, nn.Parameter) else ()
+            return self._attributes(value) if kind in (Tensor, nn.Parameter) and vars(value) else ()
         if isinstance(value, nn.Module):
             self._mapping(vars(value))
             empty = (name for name in MODULE & vars(value).keys() if not vars(value)[name])
@@ -238,7 +245,7 @@ class Reach:
 
     def _class(self, kind: type) -> Iterable[Any]:
         def now() -> dict[str, Any]:
-            return dict(vars(kind))
+            return {name: value for name, value in vars(kind).items() if name not in NOTED}
 
         def put(name: str, value: Any) -> None:
             type.__setattr__(kind, name, value)
@@ -309,15 +316,23 @@ class Reach:
 
     def _cache(self, cache: Any) -> Iterable[Any]:
         def now() -> dict[int, Any]:
-            held = gc.get_referents(cache)  # where there is no limit, what it holds is in a dict
-            held += [value for each in held if isinstance(each, dict) for value in each.values()]
-            return {id(each): each for each in held if not isinstance(each, PLAIN) and type(each).__name__ not in LINKS}
+            held = gc.get_referents(cache)
+            dicts = [
+                each for each in held if isinstance(each, dict)
+            ]  # one of its keys, with its values or a link to them
+            held += [value for each in dicts for value in each.values()]
+            keys = {id(key) for each in dicts for key in each}
+            return {
+                id(each): each
+                for each in held
+                if id(each) not in keys and not isinstance(each, (dict, *PLAIN)) and type(each).__name__ != LINK
+            }
 
         def clear(*_: Any) -> None:
             cache.cache_clear()
 
         before = now()
-        self._held.append(Held(before, now, clear, clear))
+        self._caches.append(Held(before, now, clear, clear))
         return before.values()
 
 
@@ -340,7 +355,7 @@ class Standing:
 
     def same(self) -> bool:
         """Whether that is so now."""
-        return not self._closed and self._unchanged() and self._reach.same()
+        return not self._closed and self._unchanged() and self._reach.same(caches=False)
 
 
 def modes() -> tuple[Any, ...] | None:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
 from cachekit.structure.forms import PLAIN
 from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
-from cachekit.structure.parts import Watch, kind_of
+from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of
 from cachekit.structure.record import (
     DENOISED,
     Call,
@@ -30,13 +30,6 @@ from cachekit.structure.record import (
     Tree,
     holds_opaque,
 )
-
-ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
-VIEWS = {
-    *("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "slice", "select", "cat"),
-    *("clone", "_to_copy", "contiguous", "split", "split_with_sizes", "expand", "alias", "detach", "stack", "unbind"),
-    *("clamp", "clip", "where"),  # e.g. a clip of float16 overflow at the end of a block
-}
 
 
 class Recorder(Onlooker):
@@ -128,7 +121,7 @@ class Recorder(Onlooker):
             elif tensor in self._lineage:
                 del self._lineage[tensor]
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
-        name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else func.name()
+        name = name_of(func)
         if self.depth and count is not None:
             self.flops += int(count(*args, **kwargs, out_val=out))
         elif self.depth and name.startswith("_scaled_dot_product"):
@@ -137,11 +130,11 @@ class Recorder(Onlooker):
         if self._watched is not None:
             self._watched.operator(inputs, outputs, written(func, args, kwargs))
         if self._watch.running:
-            self._watch.operator(name, args, outputs, self.labels, count is not None)
+            self._watch.operator(func, args, outputs, self.labels, count is not None)
         return out
 
     def _carried(self, func, inputs) -> frozenset:
-        name = func._schema.name.rpartition("::")[2] if isinstance(func, OpOverload) else ""
+        name = name_of(func)
         if name in ADDITIONS:
             sources = inputs[:1] if name.startswith("addcmul") else inputs
         elif name in VIEWS:
