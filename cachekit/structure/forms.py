@@ -27,9 +27,15 @@ PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 NOTED = {"_is_torch_compile"}
 """What torch notes on a module that somebody compiles: the module does the same as before."""
 
-FIXED = (enum.Enum, range, slice, types.CodeType)
-FIXED += (torch._ops.OpOverload, torch._ops.OpOverloadPacket, type(functools.lru_cache(len)))
+FIXED = (enum.Enum, range, slice, types.CodeType, types.GenericAlias, types.ModuleType)
+FIXED += (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
+FIXED += (types.MethodDescriptorType, types.ClassMethodDescriptorType, type(int | str), type(NotImplemented), type(...))
+FIXED += (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch.library.Library, type(functools.lru_cache(len)))
 """Types of objects that nobody can change in a way that shows, beside those above."""
+
+FIXED_IN = {"typing", "logging", "re", "inspect", "_abc", "functools", "dataclasses", "packaging"}
+FIXED_IN |= {"pybind11_builtins"}  # what functions of C++ are bound to
+"""Packages of which all objects are of that kind."""
 
 BOUND = (types.BuiltinMethodType, types.MethodWrapperType)
 """Types of functions of C, each with the object or the module of Python that it is one of."""
@@ -117,8 +123,11 @@ class Forming:
             return "method", value.__name__, self.of(value.__self__)
         if attributes_only(kind):
             return "object", Same(kind), self._attributes(value)
-        self.closed |= not isinstance(value, FIXED)
-        return Same(value)
+        one = Same(value)
+        if fixed(value):
+            return one if one == one else (kind.__name__, repr(value))
+        self.closed = True
+        return one
 
     def tensor(self, value: Tensor) -> Any:
         """What a tensor is like: everything but its numbers. Of those that share memory it tells which."""
@@ -201,6 +210,14 @@ def _address(tensor: Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # a layout or a subclass without memory of its own
         return None
+
+
+def fixed(value: Any) -> bool:
+    """Whether nobody can change an object in a way that shows."""
+    kind = type(value)
+    if isinstance(value, FIXED) or kind is object or kind.__module__.partition(".")[0] in FIXED_IN:
+        return True
+    return callable(value) and not kind.__flags__ & HEAP  # a function of C
 
 
 def attributes_only(kind: type) -> bool:

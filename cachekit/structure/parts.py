@@ -40,7 +40,7 @@ Sites: TypeAlias = str | tuple[str, ...] | Mapping[str, tuple[str, ...]]
 
 
 PRODUCT, BENT = "product", "bent"
-"""Instead of the key of an argument: what has met a weight, and what has been bent (through no linear thing) since."""
+"""Instead of the key of an argument: what has met a weight, and what has been through a function that bends since."""
 
 
 class Activity:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 
-from cachekit.structure.forms import BOUND, FIXED, HEAP, PLAIN, Forming, Same, attributes_only
+from cachekit.structure.forms import BOUND, PLAIN, Forming, Same, attributes_only, fixed
 
 SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
 """Packages that keep nothing of what a model computes, and whose globals do not decide what it does, beside the modes
@@ -38,12 +38,6 @@ UNSEEN = {"globals", "locals", "vars", "eval", "exec", "__import__"}
 """Built-in functions by which code gets at names that it does not contain."""
 
 CACHE = type(functools.lru_cache(len))
-STATELESS = (types.MemberDescriptorType, types.GetSetDescriptorType, types.WrapperDescriptorType)
-STATELESS += (types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias, types.ModuleType)
-STATELESS += (type(int | str), type(NotImplemented), type(...), torch.library.Library, *FIXED)
-STATELESS_IN = ("typing", "logging", "re", "inspect", "_abc", "functools", "dataclasses")
-"""Packages whose objects decide nothing."""
-
 MODULE = vars(nn.Module()).keys()
 """What every module holds. Most of it is empty."""
 
@@ -231,9 +225,7 @@ class Reach:
             self._mapping(vars(value))
             empty = (name for name in MODULE & vars(value).keys() if not vars(value)[name])
             return kind, *(vars(value)[name] for name in vars(value).keys() - {*empty})
-        if isinstance(value, STATELESS) or kind is object or kind.__module__ in STATELESS_IN:
-            return ()
-        if callable(value) and not kind.__flags__ & HEAP:  # a function of C
+        if fixed(value):
             return ()
         if not attributes_only(kind):
             self.closed.append(value)
