@@ -321,21 +321,35 @@ MUTANTS = (
     ),
     Mutant(
         "structure/alike.py",
-        "if account.sight == sight and self._outside.still(account.outside):",
+        "if account.sight == sight and account.outside.same():",
         "if account.sight == sight:",
         "test_alike.py::test_a_global_that_has_changed_is_looked_at",
     ),
     Mutant(
-        "structure/alike.py",
-        "self.steady &= not _sets(code)",
-        "self.steady &= True",
-        "test_alike.py::test_a_block_that_does_more_than_compute_is_no_account_of_others",
+        "structure/reach.py",
+        "if own and code not in self.functions and",
+        "if own and False and",
+        "test_alike.py::test_what_blocks_are_told_past_their_arguments_is_noticed",
+    ),
+    # What decides outside of the model is part of what tells one record from another.
+    Mutant(
+        "structure/reach.py",
+        "else (inside, self._reach.form())",
+        "else inside",
+        "test_store.py::test_what_the_model_is_told_outside_is_another_form",
+    ),
+    # A module is what it does: a bare core is not the attention, and an adapter is no feed-forward network.
+    Mutant(
+        "structure/parts.py",
+        "    if activity.core:",
+        "    if False:",
+        "test_kinds.py::test_modules_are_what_they_do",
     ),
     Mutant(
-        "structure/alike.py",
-        "if not self.alone or any(tensor() is not None for made in left for tensor in made):",
-        "if not self.alone:",
-        "test_alike.py::test_a_block_that_does_more_than_compute_is_no_account_of_others",
+        "structure/parts.py",
+        "self.serial |= bent in origins",
+        "self.serial |= multiplied in origins",
+        "test_kinds.py::test_modules_are_what_they_do",
     ),
     Mutant(
         "structure/forms.py",

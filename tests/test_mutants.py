@@ -20,7 +20,7 @@ PACKAGE = TESTS.parent / "cachekit"
 SUITES = (
     *("conftest.py", "tiers.py", "dit.py", "laws.py", "traces.py", "test_deciders.py", "test_forecasters.py"),
     *("test_recording.py", "test_replaying.py", "test_planning.py", "test_choosing.py"),
-    *("test_alike.py", "test_store.py"),
+    *("test_alike.py", "test_store.py", "test_kinds.py"),
 )
 FAILED = 1  # pytest's exit status for tests that ran and failed, unlike those that could not be run
 

@@ -16,7 +16,6 @@ import itertools
 import math
 import sys
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -213,16 +212,14 @@ class Watched:
         self.alone = True
         self.outside = Reach()
         self._given = {address(tensor) for tensor in given}
-        self._made: dict[int, list[weakref.ref[Tensor]]] = {}  # by memory
+        self._made: set[int] = set()  # memories
 
     def operator(self, inputs: Iterable[Tensor], outputs: Iterable[Tensor], written: Iterable[Tensor]) -> None:
         """An operator ran in it."""
         given, made = self._given, self._made
         self.alone &= all(place in given or place in made for place in map(address, inputs))
         self.alone &= not any(address(tensor) in given for tensor in written)
-        for tensor in outputs:
-            if address(tensor) not in given:
-                made.setdefault(address(tensor), []).append(weakref.ref(tensor))
+        made |= {*map(address, outputs)} - given
 
     def results(
         self, tensors: Sequence[Tensor], leaves: Sequence[Any], reached: Callable[[Tensor], Any], added: Callable
@@ -258,10 +255,7 @@ class Watched:
                 return None
             view = tuple(leaf.shape), tuple(leaf.stride()), int(leaf.storage_offset())
             found.append(Result(-1, number, view, reached(leaf), added(leaf)))
-        left = (made for place, made in self._made.items() if place not in memories)
-        if not self.alone or any(tensor() is not None for made in left for tensor in made):
-            return None
-        return tuple(found), tuple(kinds)
+        return (tuple(found), tuple(kinds)) if self.alone else None
 
 
 def own_tensors(block: nn.Module) -> list[Tensor]:

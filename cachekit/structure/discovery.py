@@ -153,7 +153,7 @@ class Twin:
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
         with FakeCopyMode(mode):
-            self._model: nn.Module = copy.deepcopy(model, memo)
+            self._model: nn.Module = _copy_of(model, memo)
             self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
         for module in self._model.modules():
             # A hook that moves weights between devices has nothing to move here.
@@ -352,6 +352,21 @@ def _replaced(
             if id(tensor) not in memo:
                 memo[id(tensor)] = make(tensor)
         return pytree.tree_unflatten([_copied(leaf, memo) for leaf in leaves], treespec)
+
+
+def _copy_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; what cannot be copied (a lock, a handle, an operator) is shared with the model."""
+    given = dict(memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # whatever an object in it says to being copied
+        memo.clear()
+        memo.update(given)
+    for module in model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, (Tensor, *PLAIN)) and _copied(value, dict(given)) is value:
+                memo[id(value)] = value
+    return copy.deepcopy(model, memo)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
