@@ -29,7 +29,7 @@ class Explanation(NamedTuple):
 
     model: str  # name of its class
     policy: str
-    faked: bool  # found by a forward on fake tensors, not by a real one
+    real: str | None  # why it was found by a real forward, or None where one on fake tensors was enough
     chains: int
     leader: str | None  # the chain that decides, and why it does
     left: tuple[str, ...]  # what always runs
@@ -39,9 +39,14 @@ class Explanation(NamedTuple):
     decider: str
     programs: int | None  # of `step.compile()`, where they are known
 
+    @property
+    def faked(self) -> bool:
+        """Whether it was found by a forward on fake tensors, not by a real one."""
+        return self.real is None
+
     def __str__(self) -> str:
         rows = [f"{self.model} under {self.policy}"]
-        how = "a forward on fake tensors" if self.faked else "one real forward (it branches on data or is patched)"
+        how = "a forward on fake tensors" if self.faked else f"one real forward ({self.real})"
         rows.append(f"found by {how}" + (f": {self.chains} chains" if self.chains else ""))
         if self.leader:
             rows.append(f"leading chain: {self.leader}")
@@ -61,7 +66,7 @@ class Explanation(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         plan = self.plan and {"computed": list(self.plan.computed), "kinds": {**self.plan.kinds}}
-        return {**self._asdict(), "sites": [row._asdict() for row in self.sites], "plan": plan}
+        return {**self._asdict(), "faked": self.faked, "sites": [row._asdict() for row in self.sites], "plan": plan}
 
 
 def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None) -> Explanation:
@@ -74,7 +79,7 @@ def explanation(step: CachedStep, found: Found, state: State, plan: Plan | None)
     return Explanation(
         model=type(step.opened.original).__name__,
         policy=step.policy.name,
-        faked=found.faked,
+        real=found.real,
         chains=len(found.chains),
         leader=f"{found.leader} ({found.reason})" if found.chains else None,
         left=tuple(found.left),

@@ -361,7 +361,7 @@ MUTANTS = (
         "structure/store.py",
         "if kept is None or kept.form != form:",
         "if kept is None:",
-        "test_store.py::test_a_changed_model_is_recorded_again",
+        "test_store.py::test_what_changes_in_an_object_is_seen",
     ),
     Mutant(
         "structure/store.py",

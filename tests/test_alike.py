@@ -449,7 +449,7 @@ def test_an_object_among_the_arguments_is_no_value():
 STEPS = st.lists(st.sampled_from(sorted(GIVEN)), min_size=1, max_size=DEPTH)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     blocks=st.lists(st.sampled_from([Block, Slices, HandsThrough, Writes, CountsOnItself]), min_size=2, max_size=6),
     unlike=st.sampled_from([*UNLIKE, None]),

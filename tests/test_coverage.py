@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from cachekit.coverage import table, trial
 from cachekit.diffusers import zoo
+from cachekit.structure import discovery
+from cachekit.structure.leftovers import Surroundings
 
 DOCS = Path(__file__).parents[1] / "docs"
 SAVED = json.loads((DOCS / "coverage.json").read_text(encoding="utf-8"))
@@ -52,6 +55,42 @@ def broken(finding_of: str, monkeypatch: pytest.MonkeyPatch, **faults) -> str:
         monkeypatch.setattr(trial, name, fault)
     [finding] = trial.cover("PixArt", (finding_of,), compiled=False)
     return f"{finding.verdict}: {finding.reason}"
+
+
+KEPT: dict[str, torch.Tensor] = {}
+
+
+def keeping(specimen: zoo.Specimen) -> zoo.Specimen:
+    """With a table that its forward keeps outside of the model."""
+
+    def added(module, args, kwargs):
+        table = KEPT.setdefault("table", torch.zeros(1))
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + table}
+
+    specimen.model.register_forward_pre_hook(added, with_kwargs=True)
+    return specimen
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_a_trial_leaves_behind_is_met_by_the_first_real_forward(left, monkeypatch):
+    whole = keeping(zoo.specimen("PixArt"))
+    monkeypatch.setattr(zoo, "specimen", lambda name: whole)
+    KEPT.clear()
+    if left:
+        monkeypatch.setattr(Surroundings, "restore", lambda self: None)
+        monkeypatch.setattr(discovery, "check_gone", lambda made: None)
+        assert broken("taylorseer", monkeypatch).startswith("fails: ")
+    else:
+        assert broken("taylorseer", monkeypatch) == "works: "
+    KEPT.clear()
+
+
+@pytest.mark.slow
+def test_each_class_is_tried_in_a_process_of_its_own(monkeypatch):
+    """Unless there is one class alone; each begins with nothing imported but what it needs."""
+    names = ("PixArt", "AuraFlow")
+    found = table.cover_all(names, ("first_block_cache",), compiled=False, jobs=1)
+    assert [(finding.specimen, finding.verdict) for finding in found] == [(name, "works") for name in names]
 
 
 def test_a_method_that_skips_nothing_fails(monkeypatch):

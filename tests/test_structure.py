@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 
 import dit
@@ -94,7 +95,7 @@ def test_chains_leader_streams_and_sites(flow):
     assert [span.name for span in seen.layout.sites] == chains[leader:]
     assert [tuple((stream.leaf, stream.key) for stream in span.streams) for span in seen.layout.sites] == streams
     assert all(span.streams[span.main].key in (0, "x") for span in seen.layout.sites)
-    assert seen.faked == (flow != "branching")
+    assert (seen.real is None) == (flow != "branching")
     state = ck.cache(model, ck.step_mask(MASK)).init(STEPS, *feed(0))
     assert list(state.sites) == chains[leader:]
     if behind_front is not None:
@@ -321,10 +322,56 @@ def test_a_model_that_branches_on_data_is_discovered_by_a_real_forward(mode):
     with mode():
         inputs = feed(0)
         step = ck.cache(Writes(), ck.step_mask(MASK))
-        assert "one real forward (it branches on data" in str(step.explain(STEPS, *inputs))
+        assert "found by one real forward (it branches on data: " in str(step.explain(STEPS, *inputs))
         assert list(step.init(STEPS, *inputs).sites) == ["blocks.0..blocks.2"]
         for value, fresh in zip(inputs, feed(0), strict=True):
             assert torch.equal(value, fresh), "init wrote to its arguments"
+
+
+@torch.library.custom_op("cachekit_tests::unheard_of", mutates_args=())
+def unheard_of(x: torch.Tensor) -> torch.Tensor:
+    """An operator that says nothing of fake tensors."""
+    return 2 * x
+
+
+class Unheard(nn.Module):
+    """A model with such an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, x):
+        """New tokens."""
+        x = unheard_of(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Residual(nn.Linear):
+    """A block."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x):
+        """With something added."""
+        return x + torch.tanh(super().forward(x))
+
+
+def test_why_a_real_forward_was_needed_is_the_true_reason():
+    x = torch.ones(2, 5, 8)
+    model = Unheard()
+    step = ck.cache(model, ck.step_mask(MASK))
+    assert re.search(r"one real forward \(.* on fake tensors: .*unheard_of", str(step.explain(STEPS, x)))
+    with torch.no_grad():
+        assert torch.equal(step(step.init(STEPS, x), x)[0], model(x))
+    patched = Unheard()
+    forward = patched.blocks[1].forward
+    patched.blocks[1].forward = lambda x: 2 * forward(x)
+    told = str(ck.cache(patched, ck.step_mask(MASK)).explain(STEPS, x))
+    assert "one real forward (the forward of 'blocks.1' is patched)" in told
 
 
 class Listed(nn.Module):

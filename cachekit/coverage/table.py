@@ -6,7 +6,7 @@ import inspect
 import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -72,15 +72,18 @@ def cover_all(
 def _each(
     names: tuple[str, ...], methods: tuple[str, ...], compiled: bool, jobs: int
 ) -> Iterator[tuple[str, list[Finding]]]:
-    if jobs == 1:
-        for name in names:
-            yield name, cover(name, methods, compiled=compiled)
+    covered = partial(_covered, methods=methods, compiled=compiled)
+    if len(names) == 1:
+        yield covered(names[0])
         return
-    # Spawned: a fork of a process that has run torch may hang.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(cover, name, methods, compiled=compiled): name for name in names}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+    # A process each: what one class leaves behind another one may share. Spawned: a fork of one that has run torch may
+    # hang.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(covered, names)
+
+
+def _covered(name: str, methods: tuple[str, ...], compiled: bool) -> tuple[str, list[Finding]]:
+    return name, cover(name, methods, compiled=compiled)
 
 
 def record(findings: Iterable[Finding], *, compiled: bool) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _follow(source: nn.Module, target: nn.Module, kept: Iterable[str]) -> None:
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    copy = module.__class__.__new__(module.__class__)
+    copy = object.__new__(type(module))  # a class may make something else of a call: FSDP does
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"] = dict(module._modules)
     # A compiled call would run the original.

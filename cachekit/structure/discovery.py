@@ -20,7 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+)
 from torch.utils import _pytree as pytree
 
 from cachekit.errors import CacheError, StructureError
@@ -74,9 +79,11 @@ def discover(
 
     The model is left as it was.
     """
-    if any(_patched(module) for module in model.modules()):
+    patched = next((name for name, module in model.named_modules() if _patched(module)), None)
+    if patched is not None:
         # What a patched forward closes over cannot be copied safely.
-        return _real(model, paths, parts, args, kwargs)
+        reason = f"the forward of {f'{patched!r}' if patched else 'the model'} is patched"
+        return _real(model, paths, parts, args, kwargs, reason)
     try:
         twin = Twin(model, paths, parts, args, kwargs, device)
         return Discovery(twin.record(), twin)
@@ -89,8 +96,11 @@ def discover(
                 f"({type(fake_error).__name__}: {fake_error}), and its weights are on the meta device. Load them "
                 "first, or look at a tiny model of the class."
             ) from fake_error
+        reason = f"{type(fake_error).__name__} on fake tensors: {next(iter(str(fake_error).splitlines()), '')}"
+        if isinstance(fake_error, (DataDependentOutputException, DynamicOutputShapeException)):
+            reason = f"it branches on data: {fake_error}"
         try:
-            return _real(model, paths, parts, args, kwargs)
+            return _real(model, paths, parts, args, kwargs, reason)
         except CacheError:
             raise
         except Exception as error:
@@ -328,12 +338,12 @@ def _reaches(roots: Sequence[Any], wanted: set[int]) -> bool:
     return False
 
 
-def _real(model, paths, parts, args, kwargs) -> Discovery:
+def _real(model, paths, parts, args, kwargs, reason: str) -> Discovery:
     # On copies: a forward may write to what it is given, and autograd may not follow what inference mode has made.
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs, memo)
     with _UNCOMPILED:
-        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, None, []), None)
+        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, None, [])._replace(real=reason), None)
 
 
 def _replaced(
@@ -414,7 +424,7 @@ def _record(
         treespec=treespec,
         read=frozenset(recorder.read),
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
-        faked=accounts is not None,
+        real=None,
     )
 
 

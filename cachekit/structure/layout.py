@@ -154,4 +154,4 @@ class Found(NamedTuple):
     leader: str
     reason: str  # why this chain leads
     left: tuple[str, ...]  # chains that always run, with the reason
-    faked: bool
+    real: str | None

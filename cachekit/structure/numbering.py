@@ -43,7 +43,7 @@ class Onlooker(TorchDispatchMode):
     def _ran(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
         """What an operator returns, and the tensors in it; that they were made is noted."""
         out = func(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of(out) if isinstance(leaf, Tensor)]
         self.made += [weakref.ref(tensor) for tensor in tensors if isinstance(tensor, FakeTensor)]
         return out, tensors
 
@@ -92,8 +92,8 @@ class Numbering(Onlooker):
         kwargs = kwargs or {}
         if self._silent:
             return self._ran(func, args, kwargs)[0]
-        leaves = pytree.tree_leaves((args, kwargs))
-        made = hash((str(func), *map(self.number, leaves)))
+        leaves = leaves_of(*args, *kwargs.values())
+        made = hash((func, *map(self.number, leaves)))
         given = {address(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         out, tensors = self._ran(func, args, kwargs)
         for place, tensor in enumerate(written(func, args, kwargs)):
@@ -134,6 +134,17 @@ def _values(tensor: Tensor) -> str | None:
             return str(constant.tolist())
         except RuntimeError:  # it has no memory either
             return None
+
+
+def leaves_of(*values: Any) -> list[Any]:
+    """The leaves of what an operator takes or returns: mostly these are the leaves."""
+    found = []
+    for value in values:
+        if isinstance(value, (list, tuple, dict)):
+            found += pytree.tree_leaves(value)
+        else:
+            found.append(value)
+    return found
 
 
 def address(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachekit.structure.numbering import leaves_of
 from cachekit.structure.record import KINDS, Key
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
@@ -134,7 +135,7 @@ class Watch:
             known: whether torch counts it as a product.
         """
         name = name_of(func)
-        tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of(*args) if isinstance(leaf, Tensor)]
         origins = frozenset().union(*(self._of(tensor) for tensor in tensors))
         here, alive, weights = self.running[-1], [each for each in tensors if computed(each)], False
         if attends(func, alive, outputs):

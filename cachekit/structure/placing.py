@@ -43,7 +43,7 @@ def lay_out(
     if sites == "chain" or front:
         found = _with_chains(record, front, stated, remembered=sites == "chain")
     else:
-        found = Found(NOTHING, (), None, {}, (), "none", "none is needed", (), record.faked)
+        found = Found(NOTHING, (), None, {}, (), "none", "none is needed", (), record.real)
     if recorded:
         return _recorded(found, record, stated, output if "output" in recorded else None, tapped="probe" in recorded)
     if sites == "output":
@@ -274,7 +274,7 @@ def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembe
         leader=names[leader],
         reason=reason,
         left=tuple(left),
-        faked=record.faked,
+        real=record.real,
     )
 
 

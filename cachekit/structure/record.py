@@ -105,7 +105,7 @@ class Record(NamedTuple):
     treespec: Any  # of what the model returns
     read: frozenset[int]  # tokens
     written: str | None  # an argument or buffer of the model that its forward writes to
-    faked: bool  # False where the forward had to be run for real
+    real: str | None  # why the forward had to be run for real, or None where fake tensors were enough
 
 
 def list_name(path: str) -> str:

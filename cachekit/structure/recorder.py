@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
 from cachekit.structure.forms import PLAIN
-from cachekit.structure.numbering import Numbering, Onlooker, address, version_of, written
+from cachekit.structure.numbering import Numbering, Onlooker, address, leaves_of, version_of, written
 from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of
 from cachekit.structure.record import (
     DENOISED,
@@ -94,7 +94,7 @@ class Recorder(Onlooker):
         kwargs = kwargs or {}
         if self._silent:
             return self._ran(func, args, kwargs)[0]
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in leaves_of(*args, *kwargs.values()) if isinstance(leaf, Tensor)]
         out, outputs = self._ran(func, args, kwargs)
         if not self.depth:
             for tensor in inputs:
