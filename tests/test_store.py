@@ -21,7 +21,7 @@ from torch import nn
 
 import cachekit as ck
 from cachekit.structure import discovery, store
-from cachekit.structure.reach import Standing
+from cachekit.structure.reach import Reach, Standing, names_in
 
 POLICIES = (
     ck.step_mask([1, 0, 1, 0]),
@@ -406,6 +406,52 @@ def test_what_the_model_is_told_outside_is_another_form(told, how):
     assert before.same() and before.form == Standing(model).form
     TELL[how](True)
     assert not before.same() and before.form != Standing(model).form
+
+
+LONG = "def long():\n" + "".join(f"    x{n} = {n}.5 + y{n}\n" for n in range(400))
+LONG += "    from .deep import thing\n    from ..deeper import other\n    import unheard_of, os\n"
+
+
+@pytest.mark.parametrize("package", [None, "", "one", "one.two"])
+def test_imports_are_found_in_long_functions_and_may_lead_nowhere(package):
+    names: dict[str, Any] = {"__name__": "a_script", "__package__": package}
+    exec(LONG, names)
+    code = names["long"].__code__
+    assert names_in(code).imports == {(1, "deep"), (2, "deeper"), (0, "unheard_of")}
+    reach = Reach()
+    reach.code(code, names)
+    assert reach.same() and not reach.closed
+    names["y399"] = 1
+    assert not reach.same()
+
+
+class Absent:
+    """It stands for an object that is not there, as proxies of a request do."""
+
+    @property
+    def __class__(self):  # type: ignore[override]
+        raise RuntimeError("there is no request")
+
+
+ABSENT = [Absent()]
+
+
+class AskingTheAbsent(Turning):
+    """Its code names such an object."""
+
+    def forward(self, x):
+        """New tokens."""
+        if type(ABSENT[0]) is int:
+            return x
+        return super().forward(x)
+
+
+def test_an_object_that_does_not_let_itself_be_looked_at_is_one_that_cannot_be_seen():
+    model, x = AskingTheAbsent([0]), torch.ones(1, 3, 8)
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    with torch.no_grad():
+        assert torch.equal(step(step.init(2, x), x)[0], model(x))
+    assert Standing(model).form != Standing(model).form
 
 
 def of_class(hold: Callable[[type, nn.Module], object]) -> Callable[[], nn.Module]:

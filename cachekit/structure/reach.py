@@ -15,6 +15,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -144,8 +145,10 @@ class Reach:
             self.closed.append(code)
         if asked.names & {"environ", "getenv"}:
             self.see(os.environ)
-        package = names.get("__package__") or ""
-        imports = {importlib.util.resolve_name("." * level + name, package) for level, name in asked.imports}
+        imports: set[str] = set()
+        for level, name in asked.imports:
+            with suppress(ImportError):  # it leads nowhere, and so does the import
+                imports.add(importlib.util.resolve_name("." * level + name, names.get("__package__") or ""))
         for known, inside in ((names, asked.names), (sys.modules, imports)):
             self._names(known, inside)
             for value in [known[name] for name in inside if name in known]:
@@ -178,13 +181,16 @@ class Reach:
         waiting = [*values]
         while waiting:
             value = waiting.pop()
-            if isinstance(value, PLAIN) or id(value) in self._seen:
+            if type(value) in PLAIN or id(value) in self._seen:
                 continue
             if len(self._seen) > LIMIT:
                 self.closed.append(LIMIT)
                 return
             self._seen[id(value)] = value
-            waiting += self._inside(value)
+            try:
+                waiting += self._inside(value)
+            except Exception:  # whatever an object does that stands for another one, which is not there
+                self.closed.append(value)
 
     def _inside(self, value: Any) -> Iterable[Any]:
         """What a value holds; that it holds it is noted."""
@@ -309,9 +315,8 @@ class Reach:
     def _cache(self, cache: Any) -> Iterable[Any]:
         def now() -> dict[int, Any]:
             held = gc.get_referents(cache)
-            dicts = [
-                each for each in held if isinstance(each, dict)
-            ]  # one of its keys, with its values or a link to them
+            # One is of its keys, with its values or with links to them.
+            dicts = [each for each in held if isinstance(each, dict)]
             held += [value for each in dicts for value in each.values()]
             keys = {id(key) for each in dicts for key in each}
             return {
@@ -379,7 +384,7 @@ class Asked(NamedTuple):
 def names_in(code: types.CodeType) -> Asked:
     """What the code of a function names."""
     inside = [names_in(each) for each in code.co_consts if isinstance(each, types.CodeType)]
-    steps = [*dis.get_instructions(code)]
+    steps = [each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG"]
     return Asked(
         frozenset(code.co_names).union(*(each.names for each in inside)),
         frozenset(each for each in code.co_consts if isinstance(each, str)).union(*(each.texts for each in inside)),
