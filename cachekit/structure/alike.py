@@ -3,10 +3,11 @@
 A block does what another did where all that its code can see is the same: class, attributes and modules (its *form*),
 the arguments, the modes of the thread, and what lies outside, the globals and classes of the code that ran. So of what
 a recorded block did an *account* is kept if it is a function of these alone: it read nothing but its arguments, its own
-tensors and what it made, wrote to none of the former, and left nothing behind. An account is told again of every block
-that is alike; any other block is looked at in full.
+tensors and what it made, wrote to none of the former, and left all that its code sees as it was. An account is told
+again of every block that is alike; any other block is looked at in full.
 
-What a step computes hangs on no account: it is held against the model with every block run.
+A step is held against the model with these accounts in the place of the blocks, and with every block run where that
+does not agree.
 """
 
 from __future__ import annotations
