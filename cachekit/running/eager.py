@@ -23,6 +23,7 @@ def run(
     step: CachedStep, layout: Layout, state: State, moment: Moment, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Any, State]:
     """One step."""
+    step.opened.tell()
     frame = step.frame(EAGER, layout, state.sites, state.reference, step.clock(state))
     if step.policy.static:
         frame["compute"] = step.planned(state, moment.step)

@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,19 @@ from torch.utils import _pytree as pytree
 
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.running.regions import Regions
-from cachekit.running.shadow import HOOKS, Fingerprint, Follower, block_paths, stands, take_over, unwrap
+from cachekit.running.shadow import (
+    HOOKS,
+    Fingerprint,
+    Follower,
+    block_paths,
+    compiled_around,
+    stands,
+    take_over,
+)
 from cachekit.structure.chains import Chain
 from cachekit.structure.forms import Forming
 from cachekit.structure.layout import Found, Layout
+from cachekit.structure.modules import module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
 from cachekit.structure.reach import Standing, modes
@@ -50,6 +60,8 @@ class Opened:
         recorded: Sequence[str] = (),
     ) -> None:
         self.original = unwrap(model)
+        self._given = model
+        self._told = False
         self.layouts: dict[tuple[str, ...], Layout] = {}
         self._front = front
         self._sites = sites
@@ -83,7 +95,7 @@ class Opened:
         # Where the model as a whole is the site, nothing need stand inside.
         whole = self._sites == "output" and not self._front and self._options is None
         self._paths = [] if whole else block_paths(self.original, self._named)
-        self._helpers = _helpers([self.original.get_submodule(path) for path in self._paths])
+        self._helpers = _helpers([module_at(self.original, path) for path in self._paths])
         self._build()
 
     def _build(self) -> None:
@@ -96,7 +108,7 @@ class Opened:
             regions = Regions(self._options)
             inside = {path: any(part.startswith(f"{path}.") for part in self._parts) for path in self.blocks}
             self.blocks = {
-                path: regions.block(path, block, self.original.get_submodule(path), sites=inside[path])
+                path: regions.block(path, block, module_at(self.original, path), sites=inside[path])
                 for path, block in self.blocks.items()
             }
         self._stand_ins = made.sites
@@ -160,6 +172,21 @@ class Opened:
         """Record anew at the next `init`: the model does something else than it did when it was recorded."""
         self._found.clear()
         forget(self.original)
+
+    def tell(self) -> None:
+        """Say once what was compiled, and does not run so in a step that is not."""
+        if self._told or self._options is not None:
+            return
+        self._told = True
+        sites = [vars(site)["_path"] for site in self._stand_ins]
+        names = [path or "the model" for path in compiled_around(self._given, sites)]
+        if names:
+            warnings.warn(
+                f"{names[0]}{f' (and {len(names) - 1} more)' if names[1:] else ''} is compiled by itself, which does "
+                "not hold in this step: a step calls its own copies of what lies around a site. Compile the step "
+                "instead, with step.compile().",
+                stacklevel=2,
+            )
 
     def standing(self) -> tuple[int, ...]:
         """What tells one set of modules, and of hooks on the model itself, from another."""
@@ -238,7 +265,7 @@ def _named(model: nn.Module, chain: Chain) -> list[str]:
     names = [chain.blocks] if isinstance(chain.blocks, str) else list(chain.blocks)
     for name in names:
         try:
-            module = model.get_submodule(name)
+            module = unwrap(module_at(model, name))
         except AttributeError as error:
             raise ArgumentError(
                 f"`structure` names the block {name!r}, which {type(model).__name__} does not have. Its children: "

@@ -18,6 +18,7 @@ from cachekit.running.frames import EAGER, Frame, call_frames
 from cachekit.running.programs import compiled_with, fresh, in_own_words
 from cachekit.running.shadow import HOOKS
 from cachekit.structure.layout import NOTHING, Layout, Output
+from cachekit.structure.modules import named, unwrap
 
 Parts = Mapping[str, tuple[Output, ...]]
 
@@ -50,7 +51,8 @@ class Regions:
             original: the block of the model.
             sites: whether there are any.
         """
-        attributes = [vars(module) for module in original.modules()]
+        block = unwrap(block) if isinstance(block, nn.Module) else block
+        attributes = [vars(unwrap(module)) for _, module in named(original)]
         hooks = [held[name] for held in attributes for name in HOOKS]
         compiled = functools.partial(self._call, path, block) if sites else compiled_with(block, self._options)
 

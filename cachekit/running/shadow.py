@@ -18,6 +18,14 @@ import torch
 from torch import nn
 
 from cachekit.running.sites import BlockSite, EarlySite, PartSite, Site
+from cachekit.structure.modules import (
+    FUSED,
+    call_children,
+    callable_module,
+    methods_of,
+    module_at,
+    unwrap,
+)
 
 HOOKS = (
     "_forward_hooks",
@@ -30,6 +38,8 @@ HOOKS = (
 )
 PATCHED = ("forward", "_old_forward")
 """Instance attributes by which a forward is patched; the second keeps the one before (accelerate does so)."""
+COMPILED = "_torchdynamo_orig_callable"
+"""The attribute of a compiled function that is the function."""
 
 
 def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
@@ -42,10 +52,10 @@ def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
             if child is None:
                 continue
             path = f"{prefix}{name}"
-            if listed and type(child).forward is not nn.Module.forward:
+            if listed and callable_module(child):
                 found.append(path)
             else:
-                visit(child, f"{path}.", listed)
+                visit(unwrap(child), f"{path}.", listed)
 
     visit(model, "", listed=False)
     return found + [name for name in named if name not in found]
@@ -57,9 +67,7 @@ def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if name not in heads
-        and type(child).forward is not nn.Module.forward
-        and not isinstance(child, torch.jit.ScriptModule)
+        if name not in heads and callable_module(child) and not isinstance(child, torch.jit.ScriptModule)
     ]
 
 
@@ -80,16 +88,15 @@ def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), p
     planned = [(path, PartSite) for path in inner_first]
     planned += [(path, BlockSite) for path in blocks] + [(path, EarlySite) for path in early]
     for path, site_class in planned:
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         below = {name: tops.pop(name) for name in [*tops] if name == path or name.startswith(f"{path}.")}
         run = below.pop(path, module)
         if below:
             within = {name[len(path) + 1 :]: site for name, site in below.items()}
-            run = shadow(module, within)
-            pairs += shells(module, run, within)
-        site = tops[path] = stand_in(module, site_class)
+            run = shadow(unwrap(module), within)
+            pairs += shells(unwrap(module), run, within)
         inside = next((len(block) + 1 for block in blocks if path.startswith(f"{block}.")), 0)
-        site.__dict__.update(_path=path, _local=path[inside:], _run=run)
+        site = tops[path] = stand_in(unwrap(module), site_class, run, path, path[inside:])
         sites.append(site)
         if site_class is BlockSite:
             runs[path] = run
@@ -97,9 +104,15 @@ def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), p
     return Stands(root, sites, runs, pairs + shells(model, root, tops))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile(model)`."""
-    return getattr(model, "_orig_mod", model)
+def compiled_around(model: nn.Module, sites: Iterable[str]) -> list[str]:
+    """Names of the modules that are compiled by themselves and have sites inside, "" for the model."""
+    prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
+    return [path for path in ("", *sorted(prefixes)) if _compiled(module_at(model, path))]
+
+
+def _compiled(module: nn.Module) -> bool:
+    patched = vars(module).get("forward")
+    return unwrap(module) is not module or module._compiled_call_impl is not None or hasattr(patched, COMPILED)
 
 
 def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
@@ -110,15 +123,20 @@ def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
         name, _, rest = path.partition(".")
         below.setdefault(name, {})[rest] = site
     for name, inner in below.items():
-        child = inner[""] if "" in inner else shadow(model._modules[name], inner)  # type: ignore[arg-type]
-        shell._modules[name] = child
+        if name not in model._modules:  # a method, which runs with the sites of the shell
+            site = inner[""]
+            vars(vars(site)["_run"])["layer"] = shell
+            shell.__dict__[name] = site
+        else:
+            shell._modules[name] = inner[""] if "" in inner else shadow(unwrap(module_at(model, name)), inner)
+    call_children(shell)
     return shell
 
 
 def shells(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
     """The modules on the way to `sites`, each with its copy."""
     prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
-    return [(model.get_submodule(prefix), shell.get_submodule(prefix)) for prefix in ("", *sorted(prefixes))]
+    return [(unwrap(module_at(model, prefix)), unwrap(module_at(shell, prefix))) for prefix in ("", *sorted(prefixes))]
 
 
 class Follower:
@@ -146,7 +164,7 @@ class Follower:
                 if isinstance(target, Site):
                     take_over(target)
                 else:
-                    _follow(source, target, ("_modules", "_compiled_call_impl", *PATCHED))
+                    _follow(source, target, ("_modules", "_compiled_call_impl", FUSED, *methods_of(source), *PATCHED))
                     _patch(source, target)
                 self._pairs[n] = (source, target, now)
                 changed = True
@@ -179,10 +197,18 @@ def _patch(source: nn.Module, target: nn.Module) -> None:
             target.__dict__[name] = rebind(source.__dict__[name], {id(source): target})
 
 
-def stand_in(block: nn.Module, site_class: type) -> nn.Module:
-    """A module that looks like `block` (class, attributes, parameters, children) and acts as `site_class`."""
+def stand_in(block: nn.Module, site_class: type, run: nn.Module, path: str, local: str) -> nn.Module:
+    """A module that looks like `block` (class, attributes, parameters, children) and acts as `site_class`.
+
+    Args:
+        block: where it stands.
+        site_class: what it does.
+        run: what runs in its place: the block, a compiled wrapper of it, or a copy of its shell.
+        path: name of the block.
+        local: the same, from the block around it.
+    """
     site = object.__new__(_site_type(type(block), site_class))
-    site.__dict__["_block"] = block
+    site.__dict__.update(_block=block, _run=run, _path=path, _local=local)
     for name in HOOKS:
         site.__dict__[name] = OrderedDict()
     site.__dict__["_compiled_call_impl"] = None
@@ -194,6 +220,8 @@ def take_over(site: nn.Module) -> None:
     """Let a stand-in have the attributes that its block has by now."""
     kept = (*HOOKS, *PATCHED, "_path", "_local", "_block", "_run", "_compiled_call_impl")
     _follow(site.__dict__["_block"], site, kept)
+    if unwrap(site.__dict__["_run"]) is not site.__dict__["_block"]:
+        call_children(site)
 
 
 def _site_type(block_class: type, site_class: type) -> type:
@@ -213,7 +241,9 @@ def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
     if id(value) in replace:
         return replace[id(value)]
     if isinstance(value, types.MethodType):
-        return types.MethodType(rebind(value.__func__, replace), rebind(value.__self__, replace))
+        function, bound = rebind(value.__func__, replace), rebind(value.__self__, replace)
+        same = function is value.__func__ and bound is value.__self__
+        return value if same else types.MethodType(function, bound)
     if isinstance(value, functools.partial):
         args = tuple(rebind(arg, replace) for arg in value.args)
         keywords = {name: rebind(arg, replace) for name, arg in value.keywords.items()}
@@ -221,6 +251,10 @@ def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
         made.__dict__.update({name: rebind(item, replace) for name, item in value.__dict__.items()})
         return made
     if isinstance(value, types.FunctionType):
+        inside = vars(value).get(COMPILED)
+        if inside is not None:  # a program that was compiled for the original would not look at what stands elsewhere
+            made = rebind(inside, replace)
+            return value if made is inside else made
         # A function that reaches itself is followed once.
         return _rebind_function(value, {**replace, id(value): value})
     return value

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
+from cachekit.errors import StructureError
 from cachekit.running.frames import ACTION, EAGER, PROBE, RECORD, Frame, call_frames
 from cachekit.running.outputs import at_part, guided, whole
 from cachekit.running.spans import at_block
@@ -44,6 +47,12 @@ class BlockSite(Site):
         frame = stack[-1]
         if frame["mode"] == RECORD:
             return frame["recorder"].call(self, args, kwargs)
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, Tensor) and first.is_nested:
+            raise StructureError(
+                f"{self._path} is given a nested tensor, which nothing that is remembered fits. nn.TransformerEncoder "
+                "makes one of a padding mask in eval mode: set use_nested_tensor = False on it."
+            )
         return at_block(frame, self._path, args, kwargs)
 
 

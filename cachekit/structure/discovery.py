@@ -36,6 +36,7 @@ from cachekit.structure.alike import Account, Accounts, own_tensors
 from cachekit.structure.forms import PLAIN, tensors_in
 from cachekit.structure.layout import Layout
 from cachekit.structure.leftovers import Surroundings, check_gone
+from cachekit.structure.modules import module_at, unfused, unwrap
 from cachekit.structure.numbering import Numbering, version_of
 from cachekit.structure.reach import settled
 from cachekit.structure.record import Leaf, Record
@@ -134,7 +135,7 @@ _UNCOMPILED = _Uncompiled()
 
 def _patched(module: nn.Module) -> bool:
     """Whether the instance has a forward of its own that is not a mere wrapper around that of its class."""
-    if "forward" not in module.__dict__:
+    if "forward" not in module.__dict__ or unwrap(module) is not module:
         return False
     return getattr(module.__dict__.get("_old_forward"), "__func__", None) is not type(module).forward
 
@@ -165,7 +166,10 @@ class Twin:
         with FakeCopyMode(mode):
             self._model: nn.Module = _copy_of(model, memo)
             self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
-        for module in self._model.modules():
+        for module in [*self._model.modules()]:
+            for name, child in module._modules.items():
+                if child is not None:
+                    module._modules[name] = unwrap(child)
             # A hook that moves weights between devices has nothing to move here.
             for name in PATCHED:
                 module.__dict__.pop(name, None)
@@ -264,7 +268,7 @@ class Twin:
         held = [held for module in self._model.modules() for held in (vars(module), module._buffers)]
         before = [dict(each) for each in held]
         try:
-            with _UNCOMPILED:  # what is compiled for real tensors runs on no others
+            with _UNCOMPILED, unfused(self._model):  # what is compiled for real tensors runs on no others
                 yield
         finally:
             for each, items in zip(held, before, strict=True):
@@ -276,7 +280,7 @@ class Twin:
         self, numbering: Numbering, path: str, run: Callable[..., Any], passed: Callable[[Account, str], None]
     ) -> Callable[..., Any]:
         """A block that is not run where another one is known to do the same."""
-        block = self._model.get_submodule(path)
+        block = module_at(self._model, path)
 
         def tell(*args, **kwargs) -> Any:
             account = self._accounts.find(block, self._accounts.sight(block, path, args, kwargs))
@@ -292,7 +296,7 @@ class Twin:
         """Meanwhile the blocks of the copy itself are such blocks."""
         told: dict[str, nn.Module] = {}
         for path in self._paths:
-            block = self._model.get_submodule(path)
+            block = module_at(self._model, path)
             if "forward" in vars(block) or isinstance(block, torch.jit.ScriptModule):
                 continue
             told[path] = block
@@ -438,7 +442,7 @@ def _held(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str,
 
 def _attributes(model: nn.Module, sites: Mapping[str, nn.Module], path: str) -> list[tuple[str, int]]:
     """What a module and its stand-in hold, by identity."""
-    holders = (model.get_submodule(path), sites[path])
+    holders = (module_at(model, path), sites[path])
     return [(name, id(value)) for holder in holders for name, value in vars(holder).items()]
 
 

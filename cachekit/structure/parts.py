@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cachekit.structure.modules import callable_module, methods_of, module_at, named, unwrap
 from cachekit.structure.numbering import leaves_of
 from cachekit.structure.record import KINDS, Key
 
@@ -252,9 +253,10 @@ def part_paths(model: nn.Module, blocks: Iterable[str], sites: Any) -> list[str]
     """
     found = []
     if not isinstance(sites, str):
-        found = [name for name, _ in model.named_modules() if name and matches(name, patterns_of(sites))]
+        found = [name for name, _ in named(model) if name and matches(name, patterns_of(sites))]
     for block in blocks:
-        for name, module in model.get_submodule(block).named_modules(prefix=block):
-            if name != block and module._modules and type(module).forward is not nn.Module.forward:
+        for name, module in named(module_at(model, block), block):
+            if name != block and unwrap(module)._modules and callable_module(module):
                 found.append(name)
+            found += [f"{name}.{method}" for method in methods_of(unwrap(module))]
     return list(dict.fromkeys(found))
