@@ -77,11 +77,12 @@ class Opened:
         self._lock = threading.Lock()
         self._early: set[str] = set()
         self._parts: set[str] = set()
-        if not block_paths(self.original, self._named):
+        if (sites == "chain" or front or recorded) and not block_paths(self.original, self._named):
             raise StructureError(
-                f"{type(self.original).__name__} has no nn.ModuleList of blocks, so there is no chain to cache. Its "
-                f"children: {', '.join(name for name, _ in self.original.named_children()) or 'none'}. Put the blocks "
-                "in an nn.ModuleList, or name them with cachekit.Chain."
+                f"{type(self.original).__name__} has no list of blocks, and no child with children that could be one, "
+                f"so there is no chain to cache. Its children: "
+                f"{', '.join(name for name, _ in self.original.named_children()) or 'none'}. Name the blocks with "
+                'cachekit.Chain, or leave out the model as a whole with sites="output".'
             )
         self._derive()
 

@@ -43,22 +43,46 @@ COMPILED = "_torchdynamo_orig_callable"
 
 
 def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
-    """Names of the blocks: what can be called in every outermost nn.ModuleList, and those named by hand."""
-    found: list[str] = []
+    """Names of the blocks.
+
+    They are what can be called in every outermost list, what is of the class of one of these beside the lists, and
+    those named by hand; of a model without a list its own children that have children.
+    """
+    found: dict[str, nn.Module] = {}
+    beside: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, prefix: str, listed: bool) -> None:
-        listed = listed or isinstance(module, nn.ModuleList)
+        listed = listed or _is_list(module)
         for name, child in module._modules.items():  # named_children would leave out a block that stands twice
             if child is None:
                 continue
             path = f"{prefix}{name}"
             if listed and callable_module(child):
-                found.append(path)
+                found[path] = unwrap(child)
             else:
+                beside[path] = unwrap(child)
                 visit(unwrap(child), f"{path}.", listed)
 
     visit(model, "", listed=False)
-    return found + [name for name in named if name not in found]
+    named = [*named]
+    kinds = {type(block) for block in found.values() if block._modules} - {nn.Sequential}
+    paths = [*found, *(path for path, module in beside.items() if type(module) in kinds)]
+    if not paths and not named:
+        paths = [
+            path
+            for path, module in beside.items()
+            if "." not in path and module._modules and callable_module(module) and not isinstance(module, nn.Sequential)
+        ]
+    return paths + [name for name in named if name not in paths]
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether it lists blocks: an nn.ModuleList does, any other container where all in it are of one kind."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    kinds = [type(unwrap(child)) for child in module._modules.values() if child is not None and unwrap(child)._modules]
+    several = len(kinds) > 1 and len(kinds) == len(module._modules) and len(set(kinds)) == 1
+    return several and isinstance(module, (nn.Sequential, nn.ModuleDict))
 
 
 def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
@@ -217,10 +241,14 @@ def stand_in(block: nn.Module, site_class: type, run: nn.Module, path: str, loca
 
 
 def take_over(site: nn.Module) -> None:
-    """Let a stand-in have the attributes that its block has by now."""
+    """Let a stand-in have the attributes that its block has by now, and the children of what runs in its place: a model
+    may call the parts of a block itself.
+    """
     kept = (*HOOKS, *PATCHED, "_path", "_local", "_block", "_run", "_compiled_call_impl")
     _follow(site.__dict__["_block"], site, kept)
-    if unwrap(site.__dict__["_run"]) is not site.__dict__["_block"]:
+    run = unwrap(site.__dict__["_run"])
+    if run is not site.__dict__["_block"]:
+        site.__dict__["_modules"] = run._modules
         call_children(site)
 
 

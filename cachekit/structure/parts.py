@@ -246,7 +246,8 @@ def _in_time(tokens: Tensor | None, frames: Sequence[int]) -> bool:
 
 
 def part_paths(model: nn.Module, blocks: Iterable[str], sites: Any) -> list[str]:
-    """Names of the modules that could be sites besides the blocks: those inside the blocks, and those that are named.
+    """Names of the modules that could be sites besides the blocks: the blocks themselves, where they are an attention
+    or a feed-forward network, those inside the blocks, and those that are named. Of a model without blocks all are.
 
     A module without modules inside (a norm, a projection, the bare product of an attention) is part of one that is
     worth leaving out, unless it is named.
@@ -254,9 +255,9 @@ def part_paths(model: nn.Module, blocks: Iterable[str], sites: Any) -> list[str]
     found = []
     if not isinstance(sites, str):
         found = [name for name, _ in named(model) if name and matches(name, patterns_of(sites))]
-    for block in blocks:
+    for block in [*blocks] or [""]:
         for name, module in named(module_at(model, block), block):
-            if name != block and unwrap(module)._modules and callable_module(module):
+            if name and unwrap(module)._modules and callable_module(module):
                 found.append(name)
             found += [f"{name}.{method}" for method in methods_of(unwrap(module))]
     return list(dict.fromkeys(found))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
-from cachekit.structure.forms import PLAIN
+from cachekit.structure.forms import PLAIN, form
 from cachekit.structure.numbering import Numbering, Onlooker, address, leaves_of, version_of, written
 from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of
 from cachekit.structure.record import (
@@ -58,7 +58,8 @@ class Recorder(Onlooker):
         self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self._written: dict[int, frozenset[int]] = {}  # storage -> labels of what was written into it
         self._count = 0
-        self._seen: dict[str, int] = {}
+        self._called: dict[str, int] = {}  # block -> which of its calls was the last
+        self._seen: dict[str, int] = {}  # part -> how often it was called
         self._objects: dict[int, Any] = {}  # kept, so that an id stays one object's
         for n, tensors in enumerate(inputs):
             for tensor in tensors:
@@ -157,7 +158,7 @@ class Recorder(Onlooker):
         versions = {key: version_of(value) for key, value in tensors.items()}
         lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
         changed = self._changes(given, nodes)
-        held = dict(vars(block))
+        held, parts = dict(vars(block)), len(self.parts)
         sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
         account = self.accounts.find(site._block, sight) if self.accounts is not None else None
         if account is not None:
@@ -192,11 +193,16 @@ class Recorder(Onlooker):
                 self._results.add(self.token(leaf))
                 lineage[i] = frozenset(key for n, key in _set(self._lineage, leaf) if n == index)
         path = site._path
+        nth = self._called[path] = self._called.get(path, -1) + 1
+        if any(lineage.values()):  # a block that adds to what it was given is no part of one
+            for n, part in enumerate(self.parts[parts:], parts):
+                if part.call.path == path:
+                    self.parts[n] = part._replace(kind="")
         self.calls.append(
             Call(
                 path=path,
-                nth=self._seen.get(path, 0),
-                kind=f"{type(block).__module__}.{type(block).__qualname__}",
+                nth=nth,
+                kind=f"{type(site._block).__module__}.{type(site._block).__qualname__}",
                 args=nodes,
                 treespec=treespec,
                 outs=tuple(self.node(leaf) for leaf in leaves),
@@ -206,7 +212,6 @@ class Recorder(Onlooker):
                 flops=self.flops - before,
             )
         )
-        self._seen[path] = self._seen.get(path, 0) + 1
         return out
 
     def _looked_at(self, site, sight: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -222,7 +227,7 @@ class Recorder(Onlooker):
             tensors = _tensors(args, kwargs)
             for place, tensor in enumerate(tensors):
                 self._labels[tensor] = _set(self._labels, tensor) | {(index, place)}
-            before, first = self.flops, len(self.parts)
+            before, first, given = self.flops, len(self.parts), form((args, kwargs))
             numbering = Numbering([*tensors, *own_tensors(site._block)])
             with self.accounts.watching(site._block, block, tensors) as self._watched, numbering:
                 watched = self._watched
@@ -245,6 +250,7 @@ class Recorder(Onlooker):
         parts = tuple(self.parts[first:])
         if (
             made is not None
+            and form((args, kwargs)) == given  # a list that it appends to is another one in its next run
             and all(map(plain_part, parts))
             and self._as_the_block(site, args, kwargs, leaves, numbering)
         ):
