@@ -30,7 +30,7 @@ from cachekit.structure.alike import Accounts
 from cachekit.structure.discovery import Twin
 from cachekit.structure.forms import Forming, form
 from cachekit.structure.parts import part_paths
-from cachekit.structure.record import Leaf, Opaque, Record, Tree
+from cachekit.structure.record import Leaf, Opaque, Record
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 DEPTH = 5
@@ -69,8 +69,6 @@ def canonical(record: Record) -> Any:
     def node(value: Any) -> Any:
         if isinstance(value, Leaf):
             return value._replace(token=number("token", value.token), storage=number("memory", value.storage))
-        if isinstance(value, Tree):
-            return value._replace(leaves=tuple(map(node, value.leaves)))
         if isinstance(value, Opaque):
             return value._replace(token=number("object", value.token))
         return type(value.value), repr(value.value)

@@ -114,6 +114,8 @@ FAST: dict[str, str] = {
     "test_native_layers.py::test_every_method_works_and_computes_what_the_model_does": r"^[EMD]\w+-.*-eval$",
     "test_native_layers.py::test_compiled_it_is_the_same": r"^EncoderLayer-programs$",
     "test_wrapped.py::test_in_programs_it_is_compiled_again": r"^the blocks-|-parts$",
+    "test_containers.py::test_every_policy_works_or_says_what_does": r"-probe$|^(pairs|parts|one|long).*-parts$",
+    "test_containers.py::test_compiled_it_is_the_same": r"^sequential-mask-programs$|nested-probe-one graph$|^val.*-probe-prog",
     "test_kernels_compiled.py": r"sums_kernel|^2$|^$",
 }
 """Test, or file -> a pattern of the parameters with which it is run at once; the rest is slow."""

@@ -55,7 +55,7 @@ def entering(
     for places in aliases:
         fresh = at_place(places[0], calls).clone(memory_format=torch.contiguous_format)
         for place in places:
-            put(free[place.member], place.key, place.leaf, fresh)
+            put(free[place.member], place.key, fresh)
     return free
 
 
@@ -79,5 +79,5 @@ def own(span: Span, calls: list[tuple[Any, dict[str, Any]]]) -> list[tuple[Any, 
         value = at_place(place, calls)
         known = [copy for given, copy in copies if given is value]
         copies.append((value, known[0] if known else value.clone()))
-        put(free[place.member], place.key, place.leaf, copies[-1][1])
+        put(free[place.member], place.key, copies[-1][1])
     return free

@@ -223,6 +223,7 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     forming = Forming()
     parts: list[Any] = [*map(forming.of, leaves), object() if forming.closed else None, modes()]
+    parts.append(len(pytree.SUPPORTED_NODES))  # a class that is made known to it is looked into from then on
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     return tuple(parts), str(treespec), str(device)
 

@@ -71,15 +71,13 @@ def _passed(key: Key | Const | None, args: tuple, kwargs: Mapping[str, Any]) -> 
 def _check_call(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], handed: list[list[Any]]) -> None:
     """Refuse other arguments than at init, and a stream that something else has happened to since an earlier block."""
     for key in span.passing[member]:
-        if isinstance(key, (int, str)) and not has(key, args, kwargs):
+        if key is not None and not isinstance(key, Const) and not has(key, args, kwargs):
             raise StructureError(
                 f"{span.paths[member]} was called without the argument {key!r}, by position or name, that it had at "
                 "init. Gradient checkpointing passes arguments otherwise: run under torch.no_grad(), or switch it off."
             )
     for link in span.links[member]:
         given = argument(link.key, args, kwargs) if has(link.key, args, kwargs) else None
-        if link.leaf >= 0:
-            given = pytree.tree_leaves(given)[link.leaf]
         if given is not handed[link.member][link.out]:
             raise StructureError(
                 f"Argument {link.key!r} of {span.paths[member]} is not what {span.paths[link.member]} returned, as it "
@@ -108,14 +106,20 @@ def _linked(span: Span, member: int, args: tuple, kwargs: Mapping[str, Any], out
     call = list(args), dict(kwargs)
     for link in span.links[member]:
         value = result(outputs[link.member], span.treespecs[link.member], link.out)
-        put(call, link.key, link.leaf, value)
+        put(call, link.key, value)
     return call
 
 
 def _bases(span: Span, calls: list[tuple[tuple, dict[str, Any]]]) -> list[Tensor]:
-    args, kwargs = calls[0]
-    bases = [argument(stream.key, args, kwargs) for stream in span.streams]
+    bases = [_given(span, stream, calls) for stream in span.streams]
     return [base.clone() for base in bases] if span.mutated else bases
+
+
+def _given(span: Span, stream: Stream, calls: list[tuple[tuple, dict[str, Any]]]) -> Tensor:
+    """The argument that a stream continues. Of what a probe makes itself nobody asks: the main one stands for it."""
+    key = span.streams[span.main].key if stream.key is None else stream.key
+    assert key is not None
+    return argument(key, *calls[0])
 
 
 def _values(span: Span, output: Any) -> list[Tensor]:
@@ -212,10 +216,9 @@ def _written(span: Span, calls, values: list[Tensor]) -> list[Tensor]:
     """The values, written to the arguments that the blocks would have written to."""
     if not span.mutated:
         return values
-    args, kwargs = calls[0]
     made = []
     for stream, value in zip(span.streams, values, strict=True):
-        made.append(argument(stream.key, args, kwargs).copy_(value) if stream.written else value)
+        made.append(_given(span, stream, calls).copy_(value) if stream.written else value)
     return made
 
 

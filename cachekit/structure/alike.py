@@ -13,7 +13,6 @@ does not agree.
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import sys
 import types
@@ -30,7 +29,7 @@ from cachekit.running.shadow import HOOKS
 from cachekit.structure.forms import PLAIN, Forming, form
 from cachekit.structure.numbering import address, version_of
 from cachekit.structure.reach import Reach, modes
-from cachekit.structure.record import Call, Const, Leaf, Part, Tree, list_name
+from cachekit.structure.record import Call, Const, Leaf, Part, list_name
 
 
 class Sight(NamedTuple):
@@ -266,9 +265,7 @@ def own_tensors(block: nn.Module) -> list[Tensor]:
 
 def plain_part(part: Part) -> bool:
     """Whether a part takes and returns tensors and plain values alone."""
-    nodes = [*part.call.args.values(), *part.call.outs]
-    leaves = itertools.chain.from_iterable(node.leaves if isinstance(node, Tree) else (node,) for node in nodes)
-    return all(isinstance(leaf, (Leaf, Const)) for leaf in leaves)
+    return all(isinstance(node, (Leaf, Const)) for node in (*part.call.args.values(), *part.call.outs))
 
 
 def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], int]) -> Call:
@@ -277,8 +274,6 @@ def renamed(call: Call, token: Callable[[int], int], storage: Callable[[int], in
     def rename(node: Any) -> Any:
         if isinstance(node, Leaf):
             return node._replace(token=token(node.token), storage=storage(node.storage))
-        if isinstance(node, Tree):
-            return node._replace(leaves=tuple(map(rename, node.leaves)))
         return node
 
     args = {key: rename(node) for key, node in call.args.items()}

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cachekit.errors import ArgumentError, ArgumentTypeError, StructureError
-from cachekit.structure.record import DENOISED, Call, Key, Leaf, Record, leaves_of, list_name, lists_of, made_by
+from cachekit.structure.record import (
+    DENOISED,
+    Call,
+    Key,
+    Leaf,
+    Opaque,
+    Record,
+    instead,
+    leaves_of,
+    list_name,
+    lists_of,
+    made_by,
+    opaque,
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +31,8 @@ class Chain:
     Attributes:
         blocks: name of a list of blocks, or the names of the blocks in the order they are called.
         streams: output position of a block -> the argument of the same block that it continues (position, or
-            name where it is passed by keyword), e.g. `{0: "x"}`. The first is the stream a probe looks at.
+            name where it is passed by keyword), e.g. `{0: "x"}`; of an argument that is a list or a dict one tensor,
+            e.g. `{0: ("tokens", 0), 1: ("tokens", 1)}`. The first is the stream a probe looks at.
 
     Raises:
         ArgumentError, ArgumentTypeError: no blocks, or no streams.
@@ -112,8 +127,8 @@ def _stated_map(call: Call, chain: Chain) -> dict[int, Key]:
             )
         if not isinstance(arg, Leaf):
             raise ArgumentError(
-                f"`streams` names argument {key!r} of {call.path}, which is no tensor there. "
-                f"Its arguments are: {', '.join(repr(name) for name in call.args)}."
+                f"`streams` names argument {key!r} of {call.path}, which is no tensor there. Its arguments are: "
+                f"{', '.join(repr(name) for name in call.args)}. Of a container name one tensor: (argument, which one)."
             )
     return {leaf: key for leaf, key in chain.streams.items() if isinstance(call.outs[leaf], Leaf)}
 
@@ -139,7 +154,7 @@ def chains_of(record: Record, maps: Sequence[dict[int, Key]]) -> list[tuple[int,
         place = {k: i for i, chain in enumerate(chains) for k in chain}
         leaks = set()
         for k, call in enumerate(calls):
-            for _, _, arg in leaves_of(call):
+            for _, arg in leaves_of(call):
                 source = produced.get(arg.token)
                 if source is not None and place[source] != place[k] and chains[place[source]][-1] != source:
                     leaks.add(source)
@@ -161,6 +176,37 @@ def _continued(k, chains, record: Record, maps, cuts) -> list[int] | None:
     return None
 
 
+def _statable(record: Record) -> str:
+    """How the chain could be stated by hand, where it can, for messages."""
+    kinds = [arg.kind for call in record.calls for arg in call.args.values() if isinstance(arg, Opaque)]
+    carried = next((kind for kind in kinds if any(opaque(call.outs) == kind for call in record.calls)), None)
+    if carried is not None:
+        return (
+            f" They take and return an object of class {carried}, into which nothing looks: if it is a dataclass, make "
+            f"its tensors known with torch.utils._pytree.register_dataclass({carried})."
+        )
+    for call in record.calls:
+        for i, out in enumerate(call.outs):
+            keys = [key for key, arg in leaves_of(call) if isinstance(out, Leaf) and _fits(arg, out)]
+            home = list_name(call.path)
+            listed = [other for other in record.calls if other.nth == 0 and list_name(other.path) == home]
+            whole = bool(keys) and len(listed) > 1 and _connected(listed, i, keys[0])
+            if whole or (keys and not any(part.kind for part in record.parts)):
+                chain = f"cachekit.Chain({home if whole else call.path!r}, {{{i}: {keys[0]!r}}})"
+                others = "" if whole or len(listed) == 1 else ", and so on for the others"
+                return f" If a block's result continues its argument, state it: {chain}{others}."
+    return ""
+
+
+def _connected(calls: Sequence[Call], leaf: int, key: Key) -> bool:
+    """Whether each block takes as this argument what the one before it returned as this result."""
+    pairs = [(one.outs[leaf : leaf + 1], other.args.get(key)) for one, other in itertools.pairwise(calls)]
+    return all(
+        isinstance(arg, Leaf) and any(isinstance(out, Leaf) and out.token == arg.token for out in outs)
+        for outs, arg in pairs
+    )
+
+
 def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, str]:
     """Which chain is probed, and why.
 
@@ -180,7 +226,7 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
     if not denoised:
         raise StructureError(
             "The model has no chain of blocks that a cache could reuse: no block continues one of its arguments. "
-            f"Lists of blocks that ran: {lists_of(c.path for c in calls)}. State the structure with cachekit.Chain."
+            f"Blocks that ran: {lists_of(c.path for c in calls)}.{_statable(record)}{instead(record)}"
         )
     cost: dict[str, int] = {}
     for i in denoised:
@@ -196,7 +242,7 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
             return leader, reason
         previous = before[-1]
         name = list_name(calls[chains[previous][0]].path)
-        absorbed = {label for k in chains[previous] for _, _, arg in leaves_of(calls[k]) for label in arg.labels}
+        absorbed = {label for k in chains[previous] for _, arg in leaves_of(calls[k]) for label in arg.labels}
         if any(label < 0 for label in feeding - absorbed):
             return leader, f"{reason}; {name} before it refines one input alone"
         leader = previous

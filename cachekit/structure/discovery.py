@@ -40,7 +40,7 @@ from cachekit.structure.modules import module_at, unfused, unwrap
 from cachekit.structure.numbering import Numbering, version_of
 from cachekit.structure.reach import settled
 from cachekit.structure.record import Leaf, Record
-from cachekit.structure.recorder import Recorder
+from cachekit.structure.recorder import Recorder, by_key
 
 
 class Discovery:
@@ -406,7 +406,7 @@ def _record(
     recorder.made = made
     held = _held(model, args, kwargs)
     before = {path: _attributes(model, sites, path) for path in beside}
-    given = {key: recorder.node(value) for key, value in (*enumerate(args), *kwargs.items())}
+    given = {key: recorder.node(value) for key, value in by_key({**dict(enumerate(args)), **kwargs}).items()}
     with torch.inference_mode(False), torch.no_grad(), recorder, framed({"mode": RECORD, "recorder": recorder}):
         out = twin.root(*args, **kwargs)
     leaves, treespec = pytree.tree_flatten(out)

@@ -17,7 +17,6 @@ class Link(NamedTuple):
     """A tensor among a block's arguments that is a result of an earlier block of the span."""
 
     key: Key
-    leaf: int  # of the argument, -1 where it is the tensor itself
     member: int
     out: int  # leaf of the result of that member
 
@@ -27,14 +26,13 @@ class Place(NamedTuple):
 
     member: int
     key: Key
-    leaf: int  # -1 where the argument is the tensor itself
 
 
 class Stream(NamedTuple):
     """A tensor that runs through a span and is read after it."""
 
     leaf: int  # among the results of the last block
-    key: Key  # argument of the first block it continues
+    key: Key | None  # argument of the first block it continues; None of what the first of a probe makes itself
     dtype: torch.dtype  # of the result
     base: torch.dtype  # of the argument
     written: bool  # whether the result is the argument itself, written to in place

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.modules import callable_module, methods_of, module_at, named, unwrap
 from cachekit.structure.numbering import leaves_of
-from cachekit.structure.record import KINDS, Key
+from cachekit.structure.record import KINDS, Name
 
 ADDITIONS = {"add", "add_", "sub", "sub_", "addcmul", "addcmul_"}
 VIEWS = {
@@ -31,7 +31,7 @@ LINEAR = {"mul", "mul_", "div", "div_", "native_dropout", "neg", "sum", "mean"}
 NATIVE = ("aten", "prims", "prim")
 TEMPORAL = re.compile(r"(^|[._])(temporal|temp|time|motion)")
 
-Origin = tuple[int, Key]
+Origin = tuple[int, Name]
 
 
 PARTS = {"attention": KINDS[:3], "mlp": KINDS[3:], "attention+mlp": KINDS}
@@ -53,7 +53,7 @@ class Activity:
         first: the key of its first argument that is a tensor.
     """
 
-    def __init__(self, number: int, first: Key | None) -> None:
+    def __init__(self, number: int, first: Name | None) -> None:
         self.number = number
         self.first = first
         self.pairs: list[tuple[frozenset[Origin], frozenset[Origin]]] = []  # query, and key and value; or factors
@@ -96,7 +96,7 @@ class Watch:
         self._origins = WeakIdKeyDictionary()
         self._count = 0
 
-    def enter(self, given: Mapping[Key, Any]) -> Activity:
+    def enter(self, given: Mapping[Name, Any]) -> Activity:
         """A module is called with these arguments."""
         self._count += 1
         first = next((key for key, value in given.items() if isinstance(value, Tensor)), None)
@@ -160,7 +160,7 @@ class Watch:
         return self._origins.get(tensor) or frozenset()
 
 
-def kind_of(activity: Activity, path: str, given: Mapping[Key, Any], out: Any, frames: Sequence[int]) -> str:
+def kind_of(activity: Activity, path: str, given: Mapping[Name, Any], out: Any, frames: Sequence[int]) -> str:
     """The kind of a module, "" where it is none of `cachekit.structure.record.KINDS`.
 
     Args:

@@ -12,7 +12,7 @@ from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
 from cachekit.structure.layout import ALL, NOTHING, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
-from cachekit.structure.record import Key, Leaf, Opaque, Part, Record, TensorSpec, leaves_of, made_by, opaque
+from cachekit.structure.record import Key, Leaf, Opaque, Part, Record, TensorSpec, instead, leaves_of, made_by, opaque
 from cachekit.structure.spans import aliases_of, name_of, span_of
 
 
@@ -212,9 +212,9 @@ def _specs(outs: Sequence[Any]) -> tuple[TensorSpec, ...]:
 def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembered: bool) -> Found:
     if not record.calls:
         raise StructureError(
-            "No block of the model ran: it has no nn.ModuleList of blocks, the forward did not call them, or a patched "
-            "forward holds on to the original model by other means than a closure, a bound method or a partial. State "
-            "the blocks with cachekit.Chain, or undo the patch."
+            "No block of the model ran: the forward calls their parts instead of them, calls none of them, or a "
+            "patched forward holds on to the original model by other means than a closure, a bound method or a "
+            f"partial, which would have to be undone. Other blocks can be named with cachekit.Chain.{instead(record)}"
         )
     maps = stream_maps(record, stated)
     if stated:
@@ -297,7 +297,7 @@ def _by_hand(record: Record, stated: Sequence[Chain]) -> list[tuple[int, ...]]:
 def _early(record: Record, probe: Sequence[int]) -> tuple[str, ...]:
     """The modules called once, before the probe, whose results anything but the probe reads."""
     others = (call for k, call in enumerate(record.calls) if k not in probe)
-    read = record.read | {arg.token for call in others for _, _, arg in leaves_of(call)}
+    read = record.read | {arg.token for call in others for _, arg in leaves_of(call)}
     paths = [early.path for early in record.early]
     return tuple(
         early.path
@@ -309,7 +309,7 @@ def _early(record: Record, probe: Sequence[int]) -> tuple[str, ...]:
 def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream]) -> str | None:
     """Why a span cannot be left out: a block writes to what is read later and is no result, or returns an object."""
     later = [call for k, call in enumerate(record.calls) if k not in positions]
-    read = record.read | {arg.token for call in later for _, _, arg in leaves_of(call)}
+    read = record.read | {arg.token for call in later for _, arg in leaves_of(call)}
     ends = {record.calls[positions[-1]].outs[stream.leaf].token for stream in streams}
     for k in positions:
         call = record.calls[k]
@@ -317,8 +317,7 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
         if kind is not None:
             return (
                 f"{call.path} ({call.kind}) returns an object of class {kind} beside its tensors, and where the block "
-                "is left out nothing can stand for it. Let the block return tensors and plain values, or use "
-                'sites="attention+mlp", or sites="output".'
+                f"is left out nothing can stand for it. Let the block return tensors and plain values.{instead(record)}"
             )
         written = [(f"argument {key!r}", token) for key, token in call.mutated.items()]
         written += [(f"attribute {name!r}", token) for name, token in call.attributes.items()]
@@ -326,7 +325,7 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
             if token in read and token not in ends:
                 return (
                     f"{call.path} ({call.kind}) writes to its {what}, which is read later, so a step that leaves the "
-                    "block out would go wrong. Let it write to a copy, or return it."
+                    f"block out would go wrong. Let it write to a copy, or return it.{instead(record)}"
                 )
     return None
 
@@ -350,7 +349,7 @@ def _no_stream(record: Record, positions: Sequence[int], maps: Sequence[Mapping[
                 f"the argument it continues: {{{unnamed[0]}: ...}}."
             )
     call = calls[0]
-    arguments = ", ".join(f"{key!r} {arg.spec}" for key, _, arg in leaves_of(call))
+    arguments = ", ".join(f"{key!r} {arg.spec}" for key, arg in leaves_of(call))
     results = ", ".join(str(out.spec) for out in call.outs if isinstance(out, Leaf))
     return (
         f"Which argument does the result of {call.path} ({call.kind}) continue? Results: {results or 'no tensor'}; "

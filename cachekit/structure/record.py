@@ -11,8 +11,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-Key: TypeAlias = int | str
+Name: TypeAlias = int | str
 """An argument of a block: its position, or its name where it was passed by keyword."""
+
+Key: TypeAlias = Name | tuple[Name, int]
+"""The same, or a value in an argument that is a container: its name, and which leaf of it in torch.utils._pytree."""
 
 KINDS = ("spatial", "temporal", "cross", "mlp")
 """Kinds of modules inside blocks: self-attention in space and in time, cross-attention, feed-forward network."""
@@ -41,13 +44,6 @@ class Leaf(NamedTuple):
     labels: frozenset[int]  # what it was computed from: calls (>= 0), arguments of the model (< 0); none in a part
 
 
-class Tree(NamedTuple):
-    """A container among the arguments."""
-
-    treespec: Any
-    leaves: tuple[Any, ...]  # Leaf, Const or Opaque
-
-
 class Const(NamedTuple):
     """A value that nobody can change: a number, a name, a dtype."""
 
@@ -67,7 +63,7 @@ class Call(NamedTuple):
     path: str  # qualified name of the block
     nth: int  # how many calls of this block came before
     kind: str  # class of the block
-    args: dict[Key, Any]  # Leaf, Tree, Const or Opaque
+    args: dict[Key, Any]  # Leaf, Const or Opaque
     treespec: Any  # of the result
     outs: tuple[Any, ...]  # Leaf, Const or Opaque, flat
     lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
@@ -99,7 +95,7 @@ class Record(NamedTuple):
 
     calls: tuple[Call, ...]
     parts: tuple[Part, ...]
-    given: dict[Key, Any]  # arguments of the model: Leaf, Tree, Const or Opaque
+    given: dict[Key, Any]  # arguments of the model: Leaf, Const or Opaque
     early: tuple[Early, ...]
     outs: tuple[Any, ...]  # of the model: Leaf, Const or Opaque, flat
     treespec: Any  # of what the model returns
@@ -118,15 +114,9 @@ def lists_of(paths: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(list_name(path) for path in paths)) or "none"
 
 
-def leaves_of(call: Call) -> list[tuple[Key, int, Leaf]]:
-    """Every tensor among the arguments, with its place."""
-    found = []
-    for key, arg in call.args.items():
-        if isinstance(arg, Leaf):
-            found.append((key, -1, arg))
-        elif isinstance(arg, Tree):
-            found += [(key, i, leaf) for i, leaf in enumerate(arg.leaves) if isinstance(leaf, Leaf)]
-    return found
+def leaves_of(call: Call) -> list[tuple[Key, Leaf]]:
+    """Every tensor among the arguments, with its key."""
+    return [(key, arg) for key, arg in call.args.items() if isinstance(arg, Leaf)]
 
 
 def opaque(outs: Iterable[Any]) -> str | None:
@@ -134,12 +124,17 @@ def opaque(outs: Iterable[Any]) -> str | None:
     return next((out.kind for out in outs if isinstance(out, Opaque)), None)
 
 
-def holds_opaque(node: Any) -> bool:
-    """Whether an argument is an object, or has one in it."""
-    return isinstance(node, Opaque) or (isinstance(node, Tree) and any(map(holds_opaque, node.leaves)))
+def instead(record: Record) -> str:
+    """What else a cache can leave out of a model that has no chain, for messages."""
+    ways = []
+    if any(part.kind for part in record.parts):
+        ways.append("attention and feed-forward networks, e.g. with cachekit.taylorseer(4)")
+    if any(isinstance(out, Leaf) for out in record.outs) and opaque(record.outs) is None:
+        ways.append('the model as a whole, e.g. with cachekit.taylorseer(4, sites="output")')
+    return f" Leave out {', or '.join(ways)}." if ways else ""
 
 
 def made_by(call: Call) -> set[int]:
     """The results that are not arguments handed through."""
-    given = {arg.token for _, _, arg in leaves_of(call)}
+    given = {arg.token for _, arg in leaves_of(call)}
     return {out.token for out in call.outs if isinstance(out, Leaf)} - given

@@ -24,11 +24,10 @@ from cachekit.structure.record import (
     Early,
     Key,
     Leaf,
+    Name,
     Opaque,
     Part,
     TensorSpec,
-    Tree,
-    holds_opaque,
 )
 
 
@@ -149,10 +148,11 @@ class Recorder(Onlooker):
         block = site._run
         if self.depth:
             return block(*args, **kwargs)
-        given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
-        nodes = {key: self.node(value) for key, value in given.items()}
+        given: dict[Name, Any] = {**dict(enumerate(args)), **kwargs}
+        flat = by_key(given)
+        nodes = {key: self.node(value) for key, value in flat.items()}
         index, before = len(self.calls), self.flops
-        tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
         for key, value in tensors.items():
             self._lineage[value] = frozenset({(index, key)})
         versions = {key: version_of(value) for key, value in tensors.items()}
@@ -327,9 +327,10 @@ class Recorder(Onlooker):
     def part(self, site, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module inside a block and write down what it does."""
         module, path = site._run, site._path
-        given: dict[Key, Any] = {**dict(enumerate(args)), **kwargs}
-        nodes = {key: self.node(value, labelled=False) for key, value in given.items()}
-        versions = {key: version_of(value) for key, value in given.items() if isinstance(value, Tensor)}
+        given: dict[Name, Any] = {**dict(enumerate(args)), **kwargs}
+        flat = by_key(given)
+        nodes = {key: self.node(value, labelled=False) for key, value in flat.items()}
+        versions = {key: version_of(value) for key, value in flat.items() if isinstance(value, Tensor)}
         changed = self._changes(given, nodes)
         held, block = dict(vars(module)), len(self.calls) if self.depth else -1
         activity = self._watch.enter(given)
@@ -339,7 +340,7 @@ class Recorder(Onlooker):
             self._watch.leave()
         attributes = {name: value for name, value in vars(module).items() if held.get(name) is not value}
         site.__dict__.update(attributes)
-        rewritten = [key for key, version in versions.items() if version_of(given[key]) != version]
+        rewritten = [key for key, version in versions.items() if version_of(flat[key]) != version]
         leaves, treespec = pytree.tree_flatten(out)
         call = Call(
             path=path,
@@ -378,24 +379,31 @@ class Recorder(Onlooker):
         same = [all(version_of(tensor) == version for tensor, version in results) for results in self._returned]
         return [call.pure and kept for call, kept in zip(self.early, same, strict=True)]
 
-    def _changes(self, given: Mapping[Key, Any], nodes: Mapping[Key, Any]) -> Callable[[], list[Key]]:
+    def _changes(self, given: Mapping[Name, Any], nodes: Mapping[Key, Any]) -> Callable[[], list[Name]]:
         """A function that names the arguments with objects in them to which something has happened since."""
-        kept = {key: unaltered(given[key]) for key, node in nodes.items() if holds_opaque(node)}
+        opaque = {key[0] if isinstance(key, tuple) else key for key, node in nodes.items() if isinstance(node, Opaque)}
+        kept = {name: unaltered(given[name]) for name in given if name in opaque}
         return lambda: [key for key, same in kept.items() if not same()]
 
     def node(self, value: Any, *, labelled: bool = True) -> Any:
-        """An argument or result as data."""
+        """A value among the arguments or results as data."""
         if isinstance(value, Tensor):
             spec = TensorSpec(tuple(value.shape), value.dtype, value.device)
             labels = self.labels(value) if labelled else frozenset()
             return Leaf(self.token(value), self._memory(value), spec, labels)
-        leaves, treespec = pytree.tree_flatten(value)
-        if not treespec.is_leaf():
-            return Tree(treespec, tuple(self.node(leaf, labelled=labelled) for leaf in leaves))
         if isinstance(value, (*PLAIN, enum.Enum, type)):
             return Const(value)
         self._objects.setdefault(id(value), value)
         return Opaque(type(value).__name__, id(value))
+
+
+def by_key(given: Mapping[Name, Any]) -> dict[Key, Any]:
+    """The values among arguments, those in containers one by one."""
+    found: dict[Key, Any] = {}
+    for name, value in given.items():
+        leaves, treespec = pytree.tree_flatten(value)
+        found.update({name: value} if treespec.is_leaf() else {(name, n): leaf for n, leaf in enumerate(leaves)})
+    return found
 
 
 def _frames(inputs: Sequence[Sequence[Tensor]]) -> tuple[int, ...]:

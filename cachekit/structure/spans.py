@@ -16,7 +16,7 @@ def _links(call: Call, members: Sequence[Call]) -> tuple[Link, ...]:
         for i, out in enumerate(member.outs)
         if isinstance(out, Leaf) and out.token in made_by(member)
     }
-    return tuple(Link(key, leaf, *made[arg.token]) for key, leaf, arg in leaves_of(call) if arg.token in made)
+    return tuple(Link(key, *made[arg.token]) for key, arg in leaves_of(call) if arg.token in made)
 
 
 def span_of(
@@ -27,21 +27,22 @@ def span_of(
     links = tuple(_links(call, members[:n]) for n, call in enumerate(members))
     inside = set(positions)
     outside = record.read | {
-        arg.token for k, call in enumerate(record.calls) if k not in inside for _, _, arg in leaves_of(call)
+        arg.token for k, call in enumerate(record.calls) if k not in inside for _, arg in leaves_of(call)
     }
+    made = set().union(*map(made_by, members))  # what is handed through from outside is there whatever is left out
     found = []
     for i, out in enumerate(members[-1].outs):
-        if isinstance(out, Leaf) and out.token in outside:
+        if isinstance(out, Leaf) and out.token in outside & made:
             key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
-            if key is None:
+            if key is None and not front:
                 return None
-            base = members[0].args[key]
+            base = out if key is None else members[0].args[key]
             written = key in members[0].mutated and out.storage == base.storage
             stream = Stream(leaf=i, key=key, dtype=out.spec.dtype, base=base.spec.dtype, written=written)
             found.append((stream, TensorSpec(out.spec.shape, stream.residual, out.spec.device)))
-    if not found:
+    if all(stream.key is None for stream, _ in found):
         return None
-    order = list(members[0].args)
+    order = [*members[0].args, None]
     found.sort(key=lambda pair: order.index(pair[0].key))
     span = Span(
         name=name_of(members),
@@ -53,7 +54,7 @@ def span_of(
         streams=tuple(stream for stream, _ in found),
         main=_main([stream for stream, _ in found], members[0], prefer),
         writes=tuple(
-            Place(n, key, -1)
+            Place(n, key)
             for n, call in enumerate(members)
             for key in call.mutated
             if not any(link.key == key for link in links[n])
@@ -87,10 +88,10 @@ def aliases_of(members: Sequence[Call], links: Sequence[Sequence[Link]]) -> tupl
     places: dict[int, list[Place]] = {}
     sharing: dict[int, set[int]] = {}
     for n, call in enumerate(members):
-        taken = {(link.key, link.leaf) for link in links[n]}
-        for key, leaf, arg in leaves_of(call):
-            if (key, leaf) not in taken:
-                places.setdefault(arg.token, []).append(Place(n, key, leaf))
+        taken = {link.key for link in links[n]}
+        for key, arg in leaves_of(call):
+            if key not in taken:
+                places.setdefault(arg.token, []).append(Place(n, key))
                 sharing.setdefault(arg.storage, set()).add(arg.token)
     shared = set().union(*(tokens for tokens in sharing.values() if len(tokens) > 1))
     return tuple(tuple(found) for token, found in places.items() if token in shared)
@@ -109,7 +110,7 @@ def _origin(member: int, leaf: int, members, maps, links) -> Key | None:
         key = maps[member].get(leaf, _handed_through(members[member], leaf))
         if key is None or member == 0:
             return key
-        source = next((link for link in links[member] if link.key == key and link.leaf < 0), None)
+        source = next((link for link in links[member] if link.key == key), None)
         if source is None:
             return None
         member, leaf = source.member, source.out
@@ -124,9 +125,9 @@ def _handed_through(call: Call, leaf: int) -> Key | None:
 def _main(streams: Sequence[Stream], head: Call, prefer: int | None) -> int:
     """The stream of the denoised tokens: as stated, or the first argument that was computed from them."""
     for i, stream in enumerate(streams):
-        if stream.leaf == prefer:
+        if stream.leaf == prefer and stream.key is not None:
             return i
     for i, stream in enumerate(streams):
-        if DENOISED in head.args[stream.key].labels:
+        if stream.key is not None and DENOISED in head.args[stream.key].labels:
             return i
     return 0
