@@ -1,5 +1,6 @@
 """The three ways to run mean the same, and nothing compiles twice."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -19,6 +20,12 @@ POLICIES = {
     "first_block_cache": lambda: ck.first_block_cache(0.04, max_skips=2),
     "mag_cache": lambda: ck.mag_cache(RATIOS, threshold=0.1, max_skips=2, retention=0.1),
 }
+
+PAIRS = [
+    *(("Flux", method) for method in POLICIES),
+    *(("Wan", method) for method in POLICIES),
+    *zip(("SD3", "CogVideoX", "QwenImage"), itertools.cycle(POLICIES), strict=False),
+]
 
 pytestmark = pytest.mark.compiles
 
@@ -70,8 +77,7 @@ def same(step, compiled, sp, steps: int, first=None) -> None:
     assert torch.allclose(state.signal, right.signal, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("method", POLICIES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_one_graph_for_every_step_trajectory_and_length(name, method):
     sp = specimen(name)
     counters.clear()
@@ -87,8 +93,7 @@ def test_one_graph_for_every_step_trajectory_and_length(name, method):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("method", POLICIES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_one_program_an_action(name, method):
     sp = specimen(name)
     counters.clear()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cachekit.errors import ArgumentError, StructureError
 from cachekit.running.regions import Regions
@@ -72,6 +73,7 @@ class Opened:
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
+        self._wrapped: str | None = None  # a weight that is a tensor with others inside
         self._standing: Standing | None = None  # the model, when these were found
         self.epoch = self.generation = 0
         self._lock = threading.Lock()
@@ -130,6 +132,7 @@ class Opened:
                     self._found.clear()
             if signature not in self._found:
                 _refuse(self.original)
+                self._wrapped = _wrapped(self.original)
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
                 seen = look(self.original, self._standing.form, paths, inside, args, kwargs, device, signature)
@@ -195,6 +198,11 @@ class Opened:
 
     def prepare_trace(self) -> None:
         """The same inside a graph, where it becomes guards."""
+        if self._wrapped is not None:
+            raise StructureError(
+                f"The weight {self._wrapped} cannot enter one graph that decides inside: torch.cond takes none of a "
+                "class of its own (torch 2.11 to 2.15). Use step.compile(), where the host decides."
+            )
         for parent, name, child in self._children:
             # What lies deeper is shared with the model, and guarded by the compiler itself.
             if getattr(parent, name, None) is not child:
@@ -249,6 +257,13 @@ def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.d
         if tensor.device.type != "meta":
             return tensor.device
     return torch.device("cpu")
+
+
+def _wrapped(model: nn.Module) -> str | None:
+    """A weight that is a tensor with others inside, as of torchao and quanto: its name and class."""
+    weights = model.named_parameters()
+    found = next(((name, weight) for name, weight in weights if is_traceable_wrapper_subclass(weight)), None)
+    return None if found is None else f"{found[0]!r} ({type(found[1]).__name__})"
 
 
 def _helpers(blocks: Sequence[nn.Module]) -> tuple[Any, ...]:

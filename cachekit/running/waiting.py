@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,6 +158,8 @@ class _Trial(fx.Interpreter):
 def _stand_in(node: fx.Node) -> Tensor:
     """A tensor without values like the one of a node."""
     like = _example(node)
+    if type(like) not in (FakeTensor, Tensor, nn.Parameter):
+        raise TypeError("a tensor of another class, a quantised weight say, for which no plain one can stand")
     if not isinstance(like, Tensor) or not all(isinstance(n, int) for n in (*like.shape, *like.stride())):
         raise TypeError("a size that is not known beforehand")
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
