@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiers import covering
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import cachekit as ck
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 
 
 class Eight(Tensor):
-    """A weight of eight bits a number and a scale a row, which can be transposed and multiplied with, and no more."""
+    """A weight of eight bits a number and a scale a row, which a linear layer can take and nothing else."""
 
     @staticmethod
     def __new__(cls, numbers: Tensor, scale: Tensor) -> Eight:
@@ -45,11 +46,17 @@ class Eight(Tensor):
         return cls(inner["numbers"], inner["scale"])
 
     @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is functional.linear:
+            x, weight, bias = (*args, None)[:3]
+            return functional.linear(x, weight.numbers.to(x.dtype) * weight.scale, bias)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func in (aten.detach.default, aten.clone.default, aten.alias.default, aten.t.default):
+        if func in (aten.detach.default, aten.clone.default, aten.alias.default):
             return cls(func(args[0].numbers), func(args[0].scale))
-        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default):
-            return func(*(arg.numbers * arg.scale if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
         raise NotImplementedError(f"{func} on a weight of eight bits")
 
 
