@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable
@@ -540,3 +541,122 @@ def test_however_deep_the_streams_lie(shape):
             step = ck.cache(model, POLICIES[policy][1])
             assert not all(check(model, step))
             assert {row.modules for row in step.explain(STEPS, *feed(0)).sites} <= {1, 2, 3}
+
+
+MUTATIONS: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], None], Callable[[Any], Tensor | float]]] = {
+    "a key": (dict, lambda kept, x: kept.update(last=x), lambda kept: kept["last"]),
+    "a list": (list, lambda kept, x: kept.append(x), lambda kept: kept[-1]),
+    "a list inside": (lambda: {"all": []}, lambda kept, x: kept["all"].append(x), lambda kept: kept["all"][-1]),
+    "a place": (lambda: [torch.zeros(())], lambda kept, x: kept.__setitem__(0, x), lambda kept: kept[0]),
+    "a deque": (lambda: collections.deque(maxlen=1), lambda kept, x: kept.append(x), lambda kept: kept[0]),
+    "a number": (lambda: {"n": 0}, lambda kept, _: kept.update(n=kept["n"] + 1), lambda kept: float(kept["n"])),
+    "an attribute": (
+        lambda: Open(torch.zeros(()), torch.zeros(())),
+        lambda kept, x: setattr(kept, "image", x),
+        lambda kept: kept.image,
+    ),
+}
+
+
+@dataclasses.dataclass
+class Open:
+    """Streams in a class that can be written to."""
+
+    image: Tensor
+    text: Tensor
+
+
+pytree.register_dataclass(Open)
+
+
+class Keeping(Block):
+    """A block that keeps its tokens in what it was given."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x, kept):
+        """Tokens."""
+        x = super().forward(x)
+        self.keep(kept, x)
+        return x
+
+
+class Kept(nn.Module):
+    """Blocks that do, and a head that reads what was kept."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, keep, self.read = MUTATIONS[name]
+        self.blocks = nn.ModuleList(Keeping(keep) for _ in range(3))
+
+    def forward(self, x, t):
+        """The same shape."""
+        kept, x = self.make(), x + t
+        for block in self.blocks:
+            x = block(x, kept)
+        return x + self.read(kept)
+
+
+@pytest.mark.parametrize("policy", ["mask", "probe"])
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_blocks_keep_in_a_container_is_not_left_out(name, policy):
+    model = Kept(name).eval()
+    with pytest.raises(ck.StructureError, match=r"blocks\.[01] .* writes to its argument 1") as refused:
+        ck.cache(model, POLICIES[policy][1]).init(STEPS, *feed(0))
+    assert 'sites="output"' in str(refused.value)
+    assert not all(check(model, ck.cache(model, POLICIES["parts"][1])))
+
+
+class Net(nn.Module):
+    """A network of two products: of pooled tokens, of every token, or of what is embedded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = feed_forward()
+
+    def forward(self, x):
+        """The same shape."""
+        return self.net(x)
+
+
+class Conditioned(nn.Module):
+    """Blocks, with such networks before, between and after them."""
+
+    def __init__(self, blocks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.text, self.out = Net(), Net(), Net()
+        self.aux = nn.ModuleList(Net() for _ in range(3))
+        self.heads = nn.ModuleDict({"a": Net(), "b": Net()})
+        self.first = nn.Sequential(Net(), Net())
+        make = (
+            {"blocks": nn.ModuleList(Block() for _ in range(3))}
+            if blocks
+            else {n: Block() for n in ("one", "two", "six")}
+        )
+        for name, module in make.items():
+            self.add_module(name, module)
+        self.listed = blocks
+
+    def forward(self, x, t):
+        """The same shape."""
+        pooled = self.text(x.mean(1) + t)
+        x = self.first(self.embed(x))
+        for n, block in enumerate(self.blocks if self.listed else (self.one, self.two, self.six)):
+            pooled = self.aux[n](pooled)
+            x = block(x + pooled[:, None])
+        return self.heads["a"](self.out(x)) + self.heads["b"](x)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_networks_that_embed_or_modulate_are_no_blocks(listed):
+    model, where = Conditioned(listed).eval(), ("blocks.*",) if listed else ("one", "two", "six")
+    led = ck.cache(model, POLICIES["probe"][1]).explain(STEPS, *feed(0))
+    assert led.leader.startswith("blocks.0 " if listed else "one ")
+    found = ck.cache(model, POLICIES["parts"][1]).explain(STEPS, *feed(0))
+    assert {row.name for row in found.sites} == {
+        f"{kind}.{part}" for name in where for kind, part in ((f"spatial: {name}", "attn"), (f"mlp: {name}", "ff"))
+    }

@@ -217,3 +217,52 @@ def test_of_a_layer_of_which_nothing_inside_is_a_site_the_one_operator_runs():
     with Seen():
         step(state, *feed(0))
     assert "aten::_transformer_encoder_layer_fwd" in names
+
+
+class Gated(nn.TransformerEncoderLayer):
+    """A feed-forward network of one's own, which PyTorch calls in train mode alone."""
+
+    def _ff_block(self, x):
+        return 0.5 * super()._ff_block(x)
+
+
+@pytest.fixture
+def as_children():
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def own_feed_forward() -> nn.Module:
+    """A list of them."""
+    return Listed(lambda: Gated(WIDTH, HEADS, 2 * WIDTH, batch_first=True)).eval()
+
+
+def test_a_method_that_eval_mode_passes_by_is_refused():
+    model = own_feed_forward()
+    with pytest.raises(
+        ck.StructureError, match=r"blocks\.0 \(Gated\) has a _ff_block of its own.*set_fastpath_enabled"
+    ):
+        ck.cache(model, ck.taylorseer(1)).init(TIMES, *feed(0))
+    outs, _ = run(ck.cache(model, METHODS["first_block_cache"][0]))
+    assert torch.equal(outs[0], model(*feed(0)))
+
+
+def test_autocast_that_the_one_operator_passes_by_is_refused():
+    model = Listed(encoder_layer).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        for policy in (METHODS["first_block_cache"][0], ck.taylorseer(1)):
+            with pytest.raises(ck.StructureError, match=r"for which autocast does not hold.*set_fastpath_enabled"):
+                ck.cache(model, policy).init(TIMES, *feed(0))
+        outs, _ = run(ck.cache(model, ck.taylorseer(1, sites="output")))
+        assert torch.equal(outs[0], model(*feed(0)))
+
+
+@pytest.mark.usefixtures("as_children")
+def test_without_the_one_operator_both_work():
+    model = own_feed_forward()
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for policy in (METHODS["first_block_cache"][0], ck.taylorseer(1)):
+                for index, out in enumerate(run(ck.cache(model, policy))[0]):
+                    assert torch.equal(out, model(*feed(index)))

@@ -218,3 +218,23 @@ def test_regional_compiles_the_blocks_anew(policy):
     model = wrapped(copy.deepcopy(PLAIN), "the blocks", "wrapped", compiler())
     outs, _ = run(ck.cache(model, POLICIES[policy]()).compile(regional=True, backend="eager"))
     assert all(map(torch.equal, outs, wanted))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("policy", ["chain", "parts"])
+@pytest.mark.parametrize("where", ["the blocks", "the attention", "the head"])
+def test_in_one_graph_it_is_entered(where, policy):
+    wanted, _ = run(ck.cache(PLAIN, POLICIES[policy]()))
+    step = ck.cache(wrapped(copy.deepcopy(PLAIN), where, "wrapped", compiler()), POLICIES[policy]())
+    state, whole = step.init(STEPS, *feed(0)), torch.compile(step, fullgraph=True, backend="eager")
+    for index in range(STEPS):
+        out, state = whole(state, *feed(index))
+        torch.testing.assert_close(out, wanted[index])
+
+
+def test_what_the_compiler_is_kept_away_from_is_not_taken_for_compiled():
+    model = copy.deepcopy(PLAIN)
+    model.forward = torch.compiler.disable(model.forward)
+    with said() as heard:
+        outs, _ = run(ck.cache(model, POLICIES["chain"]()))
+    assert not heard and torch.equal(outs[0], PLAIN(*feed(0)))

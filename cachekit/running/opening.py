@@ -29,7 +29,7 @@ from cachekit.running.shadow import (
 from cachekit.structure.chains import Chain
 from cachekit.structure.forms import Forming
 from cachekit.structure.layout import Found, Layout
-from cachekit.structure.modules import module_at, unwrap
+from cachekit.structure.modules import in_two_minds, module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
 from cachekit.structure.reach import Standing, modes
@@ -116,7 +116,9 @@ class Opened:
             }
         self._stand_ins = made.sites
         self._refresh = Follower([*made.shells, *((vars(site)["_block"], site) for site in made.sites)])
-        self._children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
+        # Not those that are compiled by themselves: the compiler enters them, and takes no module under two names.
+        children = [(source, *child) for source, _ in made.shells for child in source.named_children()]
+        self._children = [(source, name, child) for source, name, child in children if unwrap(child) is child]
 
     def find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         """What the forward looks like on these arguments: recorded once for each signature."""
@@ -133,6 +135,14 @@ class Opened:
             if signature not in self._found:
                 _refuse(self.original)
                 self._wrapped = _wrapped(self.original)
+                inside = self._sites not in ("chain", "output")
+                minds = in_two_minds(self.original, device, inside=inside) if self._paths or inside else None
+                if minds is not None:
+                    raise StructureError(
+                        f"{minds}, so what is found of its children does not hold. Switch that operator off with "
+                        "torch.backends.mha.set_fastpath_enabled(False), or leave out the model as a whole with "
+                        'sites="output".'
+                    )
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
                 seen = look(self.original, self._standing.form, paths, inside, args, kwargs, device, signature)

@@ -45,8 +45,10 @@ COMPILED = "_torchdynamo_orig_callable"
 def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
     """Names of the blocks.
 
-    They are what can be called in every outermost list, what is of the class of one of these beside the lists, and
-    those named by hand; of a model without a list its own children that have children.
+    They are what can be called in every outermost list, and those named by hand. A module that is made of several
+    modules with children, as a layer of a transformer is and a network of two products is not, is one as well where it
+    stands beside the lists and is of the class of one in them, and, where no list holds such modules, among the model's
+    own children.
     """
     found: dict[str, nn.Module] = {}
     beside: dict[str, nn.Module] = {}
@@ -65,24 +67,26 @@ def block_paths(model: nn.Module, named: Iterable[str] = ()) -> list[str]:
 
     visit(model, "", listed=False)
     named = [*named]
-    kinds = {type(block) for block in found.values() if block._modules} - {nn.Sequential}
+    kinds = {type(block) for block in found.values() if _is_deep(block)}
     paths = [*found, *(path for path, module in beside.items() if type(module) in kinds)]
-    if not paths and not named:
-        paths = [
-            path
-            for path, module in beside.items()
-            if "." not in path and module._modules and callable_module(module) and not isinstance(module, nn.Sequential)
-        ]
+    if not kinds and not named:
+        own = [(path, module) for path, module in beside.items() if "." not in path and callable_module(module)]
+        paths += [path for path, module in own if _is_deep(module) and not any(p.startswith(f"{path}.") for p in paths)]
     return paths + [name for name in named if name not in paths]
 
 
+def _is_deep(module: nn.Module) -> bool:
+    """Whether it is made of several modules that have children."""
+    children = [unwrap(child) for child in module._modules.values() if child is not None]
+    return not isinstance(module, nn.Sequential) and sum(bool(child._modules) for child in children) > 1
+
+
 def _is_list(module: nn.Module) -> bool:
-    """Whether it lists blocks: an nn.ModuleList does, any other container where all in it are of one kind."""
-    if isinstance(module, nn.ModuleList):
-        return True
-    kinds = [type(unwrap(child)) for child in module._modules.values() if child is not None and unwrap(child)._modules]
-    several = len(kinds) > 1 and len(kinds) == len(module._modules) and len(set(kinds)) == 1
-    return several and isinstance(module, (nn.Sequential, nn.ModuleDict))
+    """Whether it lists blocks: an nn.ModuleList does, any other container where all in it are layers of one kind."""
+    if isinstance(module, nn.ModuleList) or not isinstance(module, (nn.Sequential, nn.ModuleDict)):
+        return isinstance(module, nn.ModuleList)
+    children = [unwrap(child) for child in module._modules.values() if child is not None]
+    return len(children) > 1 and len({*map(type, children)}) == 1 and all(map(_is_deep, children))
 
 
 def early_paths(model: nn.Module, blocks: Iterable[str]) -> list[str]:
@@ -135,8 +139,13 @@ def compiled_around(model: nn.Module, sites: Iterable[str]) -> list[str]:
 
 
 def _compiled(module: nn.Module) -> bool:
-    patched = vars(module).get("forward")
-    return unwrap(module) is not module or module._compiled_call_impl is not None or hasattr(patched, COMPILED)
+    patched = _compiled_function(vars(module).get("forward"))
+    return unwrap(module) is not module or module._compiled_call_impl is not None or patched is not None
+
+
+def _compiled_function(value: Any) -> Any:
+    """The function inside a compiled one, None of any other: one for which the compiler is switched off, too."""
+    return None if getattr(value, "_torchdynamo_disable", False) else getattr(value, COMPILED, None)
 
 
 def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
@@ -279,7 +288,7 @@ def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
         made.__dict__.update({name: rebind(item, replace) for name, item in value.__dict__.items()})
         return made
     if isinstance(value, types.FunctionType):
-        inside = vars(value).get(COMPILED)
+        inside = _compiled_function(value)
         if inside is not None:  # a program that was compiled for the original would not look at what stands elsewhere
             made = rebind(inside, replace)
             return value if made is inside else made

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 NATIVE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """PyTorch's own modules that in eval mode, without gradients, run as one operator and never call their children."""
+
+ENCODER = nn.TransformerEncoderLayer
 
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("_ff_block",),
@@ -101,6 +104,32 @@ class _Unfused(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
+
+
+def in_two_minds(model: nn.Module, device: Any, *, inside: bool) -> str | None:
+    """Why PyTorch's own layers in a model do one thing as one operator, as they run now, and another as children.
+
+    Args:
+        model: it.
+        device: where it runs.
+        inside: whether something inside the layers is a site.
+    """
+    if not torch.backends.mha.get_fastpath_enabled():
+        return None
+    for path, layer in named(model):
+        layer = unwrap(layer)
+        if not isinstance(layer, nn.TransformerEncoderLayer) or layer.training or not getattr(layer, FUSED):
+            continue
+        own = [name for name in ("_sa_block", "_ff_block") if getattr(type(layer), name) is not getattr(ENCODER, name)]
+        if inside and own and type(layer).forward is ENCODER.forward:
+            return (
+                f"{path} ({type(layer).__name__}) has a {own[0]} of its own, and in eval mode PyTorch does not call it"
+            )
+        if torch.device(device).type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return (
+                f"{path} ({type(layer).__name__}) runs in eval mode as one operator, for which autocast does not hold"
+            )
+    return None
 
 
 def unfused(model: nn.Module) -> Any:

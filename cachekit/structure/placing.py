@@ -249,7 +249,7 @@ def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembe
     if all(span.front for span, _, _ in spans):
         raise StructureError(
             f"Nothing to skip: {names[leader]} is the only chain, and after its {front} front block(s) no block is "
-            "left. Use a policy without front blocks, e.g. mag_cache or step_mask."
+            f"left.{' '.join(['', *left])} Use a policy without front blocks.{instead(record)}"
         )
     home = {k: (s, m) for s, (_, _, piece) in enumerate(spans) for m, k in enumerate(piece)}
     roles: dict[str, list[tuple[int, int]]] = {path: [] for span, _, _ in spans for path in span.paths}
@@ -325,7 +325,7 @@ def _spoils(record: Record, positions: Sequence[int], streams: Sequence[Stream])
             if token in read and token not in ends:
                 return (
                     f"{call.path} ({call.kind}) writes to its {what}, which is read later, so a step that leaves the "
-                    f"block out would go wrong. Let it write to a copy, or return it.{instead(record)}"
+                    f"block out would go wrong. Let it write to a copy.{instead(record)}"
                 )
     return None
 
@@ -353,5 +353,6 @@ def _no_stream(record: Record, positions: Sequence[int], maps: Sequence[Mapping[
     results = ", ".join(str(out.spec) for out in call.outs if isinstance(out, Leaf))
     return (
         f"Which argument does the result of {call.path} ({call.kind}) continue? Results: {results or 'no tensor'}; "
-        f"arguments: {arguments or 'no tensor'}. State it with cachekit.Chain(blocks=..., streams={{0: argument}})."
+        f"arguments: {arguments or 'no tensor'}. Where every result that is read later continues an argument, state "
+        f"it: cachekit.Chain(blocks, streams).{instead(record)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -156,7 +157,6 @@ class Recorder(Onlooker):
         for key, value in tensors.items():
             self._lineage[value] = frozenset({(index, key)})
         versions = {key: version_of(value) for key, value in tensors.items()}
-        lengths = {key: len(value) for key, value in given.items() if isinstance(value, (list, dict))}
         changed = self._changes(given, nodes)
         held, parts = dict(vars(block)), len(self.parts)
         sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
@@ -176,15 +176,10 @@ class Recorder(Onlooker):
                 mutated[key] = self._tokens[value] = self._count
                 self._results.add(self._count)
                 self._dirty.setdefault(self._memory(value), {})[id(value)] = self._count
-        for key, length in lengths.items():
-            if len(given[key]) != length:  # what a list collects nobody forecasts
-                self._count += 1
-                mutated[key] = self._count
-                self.read.add(self._count)
-        for key in changed():
+        for key in changed():  # what an object or a list is given nobody forecasts
             self._count += 1
-            mutated.setdefault(key, self._count)
-            self.read.add(mutated[key])
+            mutated[key] = self._count
+            self.read.add(self._count)
         leaves, treespec = pytree.tree_flatten(out)
         lineage = {}
         for i, leaf in enumerate(leaves):
@@ -380,10 +375,14 @@ class Recorder(Onlooker):
         return [call.pure and kept for call, kept in zip(self.early, same, strict=True)]
 
     def _changes(self, given: Mapping[Name, Any], nodes: Mapping[Key, Any]) -> Callable[[], list[Name]]:
-        """A function that names the arguments with objects in them to which something has happened since."""
+        """A function that names the objects and containers among the arguments that have changed since."""
         opaque = {key[0] if isinstance(key, tuple) else key for key, node in nodes.items() if isinstance(node, Opaque)}
-        kept = {name: unaltered(given[name]) for name in given if name in opaque}
-        return lambda: [key for key, same in kept.items() if not same()]
+        kept = {
+            name: unaltered(value) if name in opaque else _holding(value)
+            for name, value in given.items()
+            if name in opaque or not isinstance(value, (Tensor, *PLAIN))
+        }
+        return lambda: [name for name, same in kept.items() if not same()]
 
     def node(self, value: Any, *, labelled: bool = True) -> Any:
         """A value among the arguments or results as data."""
@@ -395,6 +394,17 @@ class Recorder(Onlooker):
             return Const(value)
         self._objects.setdefault(id(value), value)
         return Opaque(type(value).__name__, id(value))
+
+
+def _holding(value: Any) -> Callable[[], bool]:
+    """A function that tells whether a container still holds what it held."""
+    leaves, treespec = pytree.tree_flatten(value)
+
+    def same() -> bool:
+        now, form_now = pytree.tree_flatten(value)
+        return form_now == treespec and all(map(operator.is_, now, leaves))
+
+    return same
 
 
 def by_key(given: Mapping[Name, Any]) -> dict[Key, Any]:
