@@ -414,6 +414,15 @@ class Told(Block):
         return super().forward(x), Closed(x, x)
 
 
+class Scoring(Block):
+    """A block that returns a score beside its tokens."""
+
+    def forward(self, x):
+        """Tokens and a number."""
+        x = super().forward(x)
+        return x, x.mean()
+
+
 class Telling(nn.Module):
     """Blocks that return objects, with or without parts that could be left out instead."""
 
@@ -429,11 +438,29 @@ class Telling(nn.Module):
         return x
 
 
+class Collecting(nn.Module):
+    """Blocks that return a number beside their tokens, which the model adds up, as a loss of experts is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Scoring() for _ in range(3))
+
+    def forward(self, x, t):
+        """The same shape."""
+        collected = []
+        for block in self.blocks:
+            x, score = block(x)
+            collected.append(score)
+        return x + t + torch.stack(collected).sum()
+
+
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     **{name: (lambda name=name: Model(name)) for name in sorted(NO_CHAIN)},
     "one that bends": lambda: Lone(1, between=False),
     "two that bend, apart": lambda: Lone(2, between=True),
     "objects": Telling,
+    "scores": Collecting,
 }
 
 

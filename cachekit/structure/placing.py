@@ -247,9 +247,11 @@ def _with_chains(record: Record, front: int, stated: Sequence[Chain], *, remembe
             else:
                 left.append(f"{names[i]}: {spoiled or 'no argument is known that its result continues'}")
     if all(span.front for span, _, _ in spans):
+        whole = span_of(record, maps, chains[leader], front=False) is not None
+        without = " Use a policy without front blocks, e.g. mag_cache or step_mask." if whole else ""
         raise StructureError(
             f"Nothing to skip: {names[leader]} is the only chain, and after its {front} front block(s) no block is "
-            f"left.{' '.join(['', *left])} Use a policy without front blocks.{instead(record)}"
+            f"left.{' '.join(['', *left])}{without}{instead(record)}"
         )
     home = {k: (s, m) for s, (_, _, piece) in enumerate(spans) for m, k in enumerate(piece)}
     roles: dict[str, list[tuple[int, int]]] = {path: [] for span, _, _ in spans for path in span.paths}
