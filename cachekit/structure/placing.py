@@ -356,5 +356,5 @@ def _no_stream(record: Record, positions: Sequence[int], maps: Sequence[Mapping[
     return (
         f"Which argument does the result of {call.path} ({call.kind}) continue? Results: {results or 'no tensor'}; "
         f"arguments: {arguments or 'no tensor'}. Where every result that is read later continues an argument, state "
-        f"it: cachekit.Chain(blocks, streams).{instead(record)}"
+        f"it with cachekit.Chain.{instead(record)}"
     )
