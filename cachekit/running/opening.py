@@ -32,7 +32,7 @@ from cachekit.structure.layout import Found, Layout
 from cachekit.structure.modules import in_two_minds, module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
-from cachekit.structure.reach import Standing, modes
+from cachekit.structure.reach import Standing, modes, settled
 from cachekit.structure.store import forget, look
 
 
@@ -198,7 +198,7 @@ class Opened:
             warnings.warn(
                 f"{names[0]}{f' (and {len(names) - 1} more)' if names[1:] else ''} is compiled by itself, which does "
                 "not hold in this step: a step calls its own copies of what lies around a site. Compile the step "
-                "instead, with step.compile().",
+                "instead, with step.compile(), or with compile=True where a pipeline is cached.",
                 stacklevel=2,
             )
 
@@ -241,7 +241,8 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     forming = Forming()
     parts: list[Any] = [*map(forming.of, leaves), object() if forming.closed else None, modes()]
-    parts.append(len(pytree.SUPPORTED_NODES))  # a class that is made known to it is looked into from then on
+    # A class that is made known is looked into from then on. PyTorch makes its own known as they are imported.
+    parts.append(sum(not settled(known.__module__) for known in pytree.SUPPORTED_NODES))
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     return tuple(parts), str(treespec), str(device)
 
