@@ -32,7 +32,7 @@ from cachekit.structure.layout import Found, Layout
 from cachekit.structure.modules import in_two_minds, module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
-from cachekit.structure.reach import Standing, modes, settled
+from cachekit.structure.reach import Standing, modes
 from cachekit.structure.store import forget, look
 
 
@@ -241,8 +241,6 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     forming = Forming()
     parts: list[Any] = [*map(forming.of, leaves), object() if forming.closed else None, modes()]
-    # A class that is made known is looked into from then on. PyTorch makes its own known as they are imported.
-    parts.append(sum(not settled(known.__module__) for known in pytree.SUPPORTED_NODES))
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
     return tuple(parts), str(treespec), str(device)
 

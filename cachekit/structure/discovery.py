@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -50,8 +50,9 @@ class Discovery:
         record: the forward, as data.
     """
 
-    def __init__(self, record: Record, twin: Twin | None) -> None:
+    def __init__(self, record: Record, twin: Twin | None, closed: Iterable[type]) -> None:
         self.record = record
+        self._closed = closed
         self._twin = twin  # None of a model that had to be run for real
         self._known: list[tuple[Any, bool]] = []
         self._lock = threading.Lock()  # a copy runs once at a time
@@ -67,6 +68,10 @@ class Discovery:
                     return answer
             self._known.append((asked, self._twin.same(layout)))
             return self._known[-1][1]
+
+    def outdated(self) -> bool:
+        """Whether a class that it could not look into has been made known to torch.utils._pytree since."""
+        return any(kind in pytree.SUPPORTED_NODES for kind in self._closed)
 
     def reaches(self, model: nn.Module) -> bool:
         """Whether it holds on to the model, or may."""
@@ -87,7 +92,7 @@ def discover(
         return _real(model, paths, parts, args, kwargs, reason)
     try:
         twin = Twin(model, paths, parts, args, kwargs, device)
-        return Discovery(twin.record(), twin)
+        return Discovery(twin.record(), twin, twin.closed)
     except CacheError:
         raise
     except Exception as fake_error:  # whatever a forward does that fake tensors cannot follow
@@ -141,7 +146,11 @@ def _patched(module: nn.Module) -> bool:
 
 
 class Twin:
-    """A fake copy of a model, and of the arguments of one call."""
+    """A fake copy of a model, and of the arguments of one call.
+
+    Attributes:
+        closed: classes of objects that its forward hands on, into which nothing looks.
+    """
 
     def __init__(
         self,
@@ -177,11 +186,13 @@ class Twin:
         self._accounts = Accounts(parts)
         self._numbers: dict[bool, list[int]] = {}
         self._made: list[Callable[[], Tensor | None]] = []
+        self.closed: Iterable[type] = ()
 
     def record(self) -> Record:
         """Its forward, recorded."""
         with self._mode, self._alone(Surroundings(self._model)):
-            found = _record(self._model, self._paths, self._parts, *self._fresh(), self._accounts, self._made)
+            paths, parts = self._paths, self._parts
+            found, self.closed = _record(self._model, paths, parts, *self._fresh(), self._accounts, self._made)
         self._check_gone()
         return found
 
@@ -347,7 +358,8 @@ def _real(model, paths, parts, args, kwargs, reason: str) -> Discovery:
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied_args, copied_kwargs = _replaced(lambda value: value.detach().clone(), args, kwargs, memo)
     with _UNCOMPILED:
-        return Discovery(_record(model, paths, parts, copied_args, copied_kwargs, None, [])._replace(real=reason), None)
+        found, closed = _record(model, paths, parts, copied_args, copied_kwargs, None, [])
+        return Discovery(found._replace(real=reason), None, closed)
 
 
 def _replaced(
@@ -398,7 +410,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 def _record(
     model, paths, parts, args, kwargs, accounts: Accounts | None, made: list[Callable[[], Tensor | None]]
-) -> Record:
+) -> tuple[Record, Iterable[type]]:
     beside = early_paths(model, paths)
     twin = stands(model, paths, beside, parts)
     sites = {site._path: site for site in twin.sites if isinstance(site, EarlySite)}
@@ -417,7 +429,7 @@ def _record(
         for call, pure in zip(recorder.early, recorder.untouched(), strict=True)
     )
     recorder.read |= {leaf.token for leaf in outs if isinstance(leaf, Leaf)}
-    return Record(
+    found = Record(
         calls=tuple(recorder.calls),
         parts=tuple(
             part._replace(written=number in recorder.overwritten) for number, part in enumerate(recorder.parts)
@@ -430,6 +442,7 @@ def _record(
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
         real=None,
     )
+    return found, recorder.closed
 
 
 def _held(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Recorder(Onlooker):
         self._called: dict[str, int] = {}  # block -> which of its calls was the last
         self._seen: dict[str, int] = {}  # part -> how often it was called
         self._objects: dict[int, Any] = {}  # kept, so that an id stays one object's
+        self.closed: weakref.WeakSet[type] = weakref.WeakSet()  # classes of objects into which nothing looks
         for n, tensors in enumerate(inputs):
             for tensor in tensors:
                 self._labels[tensor] = _set(self._labels, tensor) | {DENOISED - n}
@@ -393,6 +395,7 @@ class Recorder(Onlooker):
         if isinstance(value, (*PLAIN, enum.Enum, type)):
             return Const(value)
         self._objects.setdefault(id(value), value)
+        self.closed.add(type(value))
         return Opaque(type(value).__name__, id(value))
 
 

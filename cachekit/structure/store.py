@@ -51,7 +51,7 @@ def look(
         kept = _kept.get(model)
         if kept is None or kept.form != form:
             kept = _kept[model] = _Kept(form, OrderedDict())
-        if key in kept.forwards:
+        if key in kept.forwards and not kept.forwards[key].outdated():
             kept.forwards.move_to_end(key)
             return kept.forwards[key]
     from cachekit.structure.discovery import discover  # not at import: torch's counter of FLOPs loads Triton
