@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wrapped import WIDTH, Attention, Block
+from test_wrapped import WIDTH, Attention, Block, feed
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -276,13 +276,6 @@ class Model(nn.Module):
         return self.head(self.flow(self, self.inp(x) + t))
 
 
-def feed(index: int) -> tuple[Tensor, Tensor]:
-    """The arguments of a step."""
-    noise = torch.Generator().manual_seed(7)
-    x, drift = (torch.randn(2, 5, WIDTH, generator=noise) for _ in range(2))
-    return x + 0.1 * index * drift, torch.tensor(1 - 0.1 * index)
-
-
 POLICIES: dict[str, tuple[ck.Policy, ck.Policy]] = {
     "mask": (ck.step_mask([1] * STEPS), ck.step_mask([1, 0] * 3)),
     "probe": (ck.first_block_cache(0.0), ck.first_block_cache(1e9, max_skips=1)),
@@ -507,7 +500,7 @@ def test_a_stream_in_a_container_is_stated_by_its_place():
     found = ck.cache(model, POLICIES["probe"][1])
     stated = ck.cache(model, POLICIES["probe"][1], ck.Chain("blocks", {0: (0, 0), 1: (0, 1)}))
     assert check(model, stated) == check(model, found)
-    with pytest.raises(ck.ArgumentError, match=r"its arguments are: \(0, 0\), \(0, 1\)|Its arguments are: \(0, 0\)"):
+    with pytest.raises(ck.ArgumentError, match=r"Its arguments are: \(0, 0\), \(0, 1\)"):
         ck.cache(model, POLICIES["probe"][1], ck.Chain("blocks", {0: 0})).init(STEPS, *feed(0))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_containers import POLICIES, STEPS
 from tiers import covering
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 import cachekit as ck
 from cachekit.diffusers import zoo
 
-STEPS = 6
 specimen = functools.cache(zoo.specimen)
 
 
@@ -71,14 +71,6 @@ def quantised(name: str) -> nn.Module:
     return model
 
 
-POLICIES: dict[str, tuple[ck.Policy, ck.Policy]] = {
-    "chain": (ck.step_mask([1] * STEPS), ck.step_mask([1, 0] * 3)),
-    "probe": (ck.first_block_cache(0.0), ck.first_block_cache(1e9, max_skips=1)),
-    "parts": (ck.taylorseer(1), ck.taylorseer(2, warmup=1)),
-    "output": (ck.taylorseer(1, sites="output"), ck.taylorseer(2, warmup=1, sites="output")),
-}
-
-
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
@@ -127,7 +119,7 @@ def test_one_graph_says_what_works_instead(policy):
 
 def test_a_model_that_is_quantised_after_an_init_is_another_one():
     model = copy.deepcopy(specimen("Wan").model).requires_grad_(False).eval()
-    step = ck.cache(model, POLICIES["chain"][1])
+    step = ck.cache(model, POLICIES["mask"][1])
     step.init(STEPS, **specimen("Wan").inputs(0), return_dict=False)
     other = quantised("Wan")
     for path, module in model.named_modules():

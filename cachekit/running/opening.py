@@ -135,14 +135,7 @@ class Opened:
             if signature not in self._found:
                 _refuse(self.original)
                 self._wrapped = _wrapped(self.original)
-                inside = self._sites not in ("chain", "output")
-                minds = in_two_minds(self.original, device, inside=inside) if self._paths or inside else None
-                if minds is not None:
-                    raise StructureError(
-                        f"{minds}, so what is found of its children does not hold. Switch that operator off with "
-                        "torch.backends.mha.set_fastpath_enabled(False), or leave out the model as a whole with "
-                        'sites="output".'
-                    )
+                self._refuse_layers(device)
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
                 seen = look(self.original, self._standing.form, paths, inside, args, kwargs, device, signature)
@@ -160,6 +153,17 @@ class Opened:
             for site in self._stand_ins:
                 take_over(site)
             return self._found[signature]
+
+    def _refuse_layers(self, device: torch.device) -> None:
+        """Refuse layers of PyTorch's that run as one operator and would do something else as their children."""
+        inside = self._sites not in ("chain", "output")
+        minds = in_two_minds(self.original, device, inside=inside) if self._paths or inside else None
+        if minds is not None:
+            raise StructureError(
+                f"{minds}, so what is found of its children does not hold. Switch that operator off with "
+                "torch.backends.mha.set_fastpath_enabled(False), or leave out the model as a whole with "
+                'sites="output".'
+            )
 
     def _register(self, found: Found) -> Found:
         """Keep a layout under the names of its sites; another one of the same names gets other names."""

@@ -134,8 +134,12 @@ def stands(model: nn.Module, blocks: Iterable[str], early: Iterable[str] = (), p
 
 def compiled_around(model: nn.Module, sites: Iterable[str]) -> list[str]:
     """Names of the modules that are compiled by themselves and have sites inside, "" for the model."""
-    prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
-    return [path for path in ("", *sorted(prefixes)) if _compiled(module_at(model, path))]
+    return [path for path in _around(sites) if _compiled(module_at(model, path))]
+
+
+def _around(sites: Iterable[str]) -> list[str]:
+    """Names of the modules on the way to sites, "" for the model."""
+    return ["", *sorted({path[:i] for path in sites for i, letter in enumerate(path) if letter == "."})]
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -168,8 +172,7 @@ def shadow(model: nn.Module, sites: Mapping[str, nn.Module]) -> nn.Module:
 
 def shells(model: nn.Module, shell: nn.Module, sites: Mapping[str, nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
     """The modules on the way to `sites`, each with its copy."""
-    prefixes = {path[:i] for path in sites for i, letter in enumerate(path) if letter == "."}
-    return [(unwrap(module_at(model, prefix)), unwrap(module_at(shell, prefix))) for prefix in ("", *sorted(prefixes))]
+    return [(unwrap(module_at(model, prefix)), unwrap(module_at(shell, prefix))) for prefix in _around(sites)]
 
 
 class Follower:

@@ -13,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 NATIVE = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 """PyTorch's own modules that in eval mode, without gradients, run as one operator and never call their children."""
 
-ENCODER = nn.TransformerEncoderLayer
-
 METHODS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.TransformerEncoderLayer: ("_ff_block",),
     nn.TransformerDecoderLayer: ("_ff_block",),
@@ -116,12 +114,13 @@ def in_two_minds(model: nn.Module, device: Any, *, inside: bool) -> str | None:
     """
     if not torch.backends.mha.get_fastpath_enabled():
         return None
+    encoder = nn.TransformerEncoderLayer
     for path, layer in named(model):
         layer = unwrap(layer)
-        if not isinstance(layer, nn.TransformerEncoderLayer) or layer.training or not getattr(layer, FUSED):
+        if not isinstance(layer, encoder) or layer.training or not getattr(layer, FUSED):
             continue
-        own = [name for name in ("_sa_block", "_ff_block") if getattr(type(layer), name) is not getattr(ENCODER, name)]
-        if inside and own and type(layer).forward is ENCODER.forward:
+        own = [name for name in ("_sa_block", "_ff_block") if getattr(type(layer), name) is not getattr(encoder, name)]
+        if inside and own and type(layer).forward is encoder.forward:
             return (
                 f"{path} ({type(layer).__name__}) has a {own[0]} of its own, and in eval mode PyTorch does not call it"
             )

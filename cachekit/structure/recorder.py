@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
-from cachekit.structure.forms import PLAIN, form
+from cachekit.structure.forms import PLAIN
 from cachekit.structure.numbering import Numbering, Onlooker, address, leaves_of, version_of, written
 from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of
 from cachekit.structure.record import (
@@ -166,7 +166,7 @@ class Recorder(Onlooker):
         if account is not None:
             out = self._told(account, site._block, site._path, args, kwargs)
         else:
-            out = self._looked_at(site, sight, args, kwargs)
+            out = self._looked_at(site, sight, changed, args, kwargs)
         attributes = {name: value for name, value in vars(block).items() if held.get(name) is not value}
         site.__dict__.update(attributes)
         left = {name: self.token(value) for name, value in attributes.items() if isinstance(value, Tensor)}
@@ -211,7 +211,7 @@ class Recorder(Onlooker):
         )
         return out
 
-    def _looked_at(self, site, sight: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _looked_at(self, site, sight: Any, changed: Callable[[], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a block, and keep an account of what it did where that holds for others too."""
         block, index = site._run, len(self.calls)
         self.depth += 1
@@ -224,7 +224,7 @@ class Recorder(Onlooker):
             tensors = _tensors(args, kwargs)
             for place, tensor in enumerate(tensors):
                 self._labels[tensor] = _set(self._labels, tensor) | {(index, place)}
-            before, first, given = self.flops, len(self.parts), form((args, kwargs))
+            before, first = self.flops, len(self.parts)
             numbering = Numbering([*tensors, *own_tensors(site._block)])
             with self.accounts.watching(site._block, block, tensors) as self._watched, numbering:
                 watched = self._watched
@@ -247,7 +247,7 @@ class Recorder(Onlooker):
         parts = tuple(self.parts[first:])
         if (
             made is not None
-            and form((args, kwargs)) == given  # a list that it appends to is another one in its next run
+            and not changed()  # a list that it appends to is another one in its next run
             and all(map(plain_part, parts))
             and self._as_the_block(site, args, kwargs, leaves, numbering)
         ):

@@ -29,10 +29,10 @@ def span_of(
     outside = record.read | {
         arg.token for k, call in enumerate(record.calls) if k not in inside for _, arg in leaves_of(call)
     }
-    made = set().union(*map(made_by, members))  # what is handed through from outside is there whatever is left out
+    read = outside & set().union(*map(made_by, members))  # what is handed through is there anyway
     found = []
     for i, out in enumerate(members[-1].outs):
-        if isinstance(out, Leaf) and out.token in outside & made:
+        if isinstance(out, Leaf) and out.token in read:
             key = _origin(len(members) - 1, i, members, [maps[k] for k in positions], links)
             if key is None and not front:
                 return None
