@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if tiers.is_slow(item.path.name, test, tiers.parameters(item.name)):
             item.add_marker("slow")
     config.stash[COLLECTED] = [*items]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage need look at it again, and compiling makes many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from specimens import shared
 from torch import Tensor, nn
 
 import cachekit as ck
@@ -65,7 +66,7 @@ def _one_thread() -> Iterator[None]:
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """The evidence of one class, shared by the tests below."""
     name = request.param
-    model, twin = zoo.specimen(name), zoo.specimen(name)
+    model, twin = shared(name), zoo.specimen(name)
     before = anatomy(model.model)
     with torch.no_grad():
         uncached = [tensors(twin.model(**twin.inputs(step))) for step in range(STEPS)]

@@ -14,6 +14,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers.hooks import apply_group_offloading
 from dit import feed
 from peft import LoraConfig
+from specimens import shared
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -23,12 +24,11 @@ from cachekit.diffusers import zoo
 MASK = ck.step_mask([1, 0, 1, 0, 0, 1])
 STEPS = 4
 NAMES = ("Flux", "Wan")
-specimen = functools.cache(zoo.specimen)
 
 
 def fresh(name: str = "Flux") -> nn.Module:
     """A copy of a specimen's model."""
-    return copy.deepcopy(specimen(name).model)
+    return copy.deepcopy(shared(name).model)
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -38,7 +38,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 def take(step: ck.CachedStep, state: ck.State, index: int, name: str = "Flux") -> tuple[Tensor, ck.State]:
     """One step."""
-    (out,), state = step(state, **specimen(name).inputs(index), return_dict=False)
+    (out,), state = step(state, **shared(name).inputs(index), return_dict=False)
     return out, state
 
 
@@ -46,7 +46,7 @@ def take(step: ck.CachedStep, state: ck.State, index: int, name: str = "Flux") -
 def run(model: nn.Module, name: str = "Flux") -> list[Tensor]:
     """Some steps under a cache."""
     step = ck.cache(model, MASK)
-    state, outputs = step.init(6, **specimen(name).inputs(0)), []
+    state, outputs = step.init(6, **shared(name).inputs(0)), []
     for index in range(STEPS):
         out, state = take(step, state, index, name)
         outputs.append(out)
@@ -56,10 +56,10 @@ def run(model: nn.Module, name: str = "Flux") -> list[Tensor]:
 @torch.no_grad()
 def plain(model: nn.Module, index: int, name: str = "Flux") -> Tensor:
     """The model's own answer."""
-    return model(**specimen(name).inputs(index), return_dict=False)[0]
+    return model(**shared(name).inputs(index), return_dict=False)[0]
 
 
-expected = functools.cache(lambda name: run(specimen(name).model, name))
+expected = functools.cache(lambda name: run(shared(name).model, name))
 
 
 def check(model: nn.Module, name: str = "Flux") -> None:
@@ -105,7 +105,7 @@ def test_offload_of_every_weight(name):
     model = cpu_offload(fresh(name), execution_device="cpu")
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     step = ck.cache(model, MASK)
-    state = step.init(6, **specimen(name).inputs(0))
+    state = step.init(6, **shared(name).inputs(0))
     assert {leaf.device.type for leaf in torch.utils._pytree.tree_leaves(state)} == {"cpu"}
     check(model, name)
 
@@ -191,7 +191,7 @@ def test_a_forward_that_cannot_be_followed_is_refused():
     model = fresh()
     model.forward = Holder(model)
     with pytest.raises(ck.StructureError, match="No block of the model ran"):
-        ck.cache(model, MASK).init(6, **specimen("Flux").inputs(0))
+        ck.cache(model, MASK).init(6, **shared("Flux").inputs(0))
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_a_forward_that_cannot_be_followed_is_refused():
 def test_a_root_patched_after_cache_is_followed(patch):
     model, calls = fresh(), []
     step = ck.cache(model, MASK)
-    state = step.init(6, **specimen("Flux").inputs(0))
+    state = step.init(6, **shared("Flux").inputs(0))
     out, state = take(step, state, 0)
     assert torch.equal(out, expected("Flux")[0])
     patch(model)
@@ -274,7 +274,7 @@ def test_group_offload_is_refused_with_the_reason(kind, late):
         apply_group_offloading(model, onload_device=device, offload_type=kind, num_blocks_per_group=1)
     step = step or ck.cache(model, MASK)
     with pytest.raises(ck.StructureError, match=r"`model` is group-offloaded .*fixed order.*Use model or sequential"):
-        step.init(6, **specimen("Flux").inputs(0))
+        step.init(6, **shared("Flux").inputs(0))
 
 
 def lora(model: nn.Module) -> None:
@@ -295,7 +295,7 @@ CHANGES = (
 def test_a_replaced_module_raises_until_the_next_init(change, changed):
     model = fresh()
     step = ck.cache(model, MASK)
-    state = step.init(6, **specimen("Flux").inputs(0))
+    state = step.init(6, **shared("Flux").inputs(0))
     _, state = take(step, state, 0)
     change(model)
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_a_replaced_module_raises_until_the_next_init(change, changed):
         match=rf"^{changed} was added, removed or replaced since init\. Make a new state with step\.init",
     ):
         take(step, state, 1)
-    state = step.init(6, **specimen("Flux").inputs(0))
+    state = step.init(6, **shared("Flux").inputs(0))
     for index in range(3):
         out, state = take(step, state, index)
         assert torch.equal(out, plain(model, index)) == (index != 1)
@@ -316,7 +316,7 @@ def test_an_adapter_is_switched_without_a_new_state():
     model = fresh()
     lora(model)
     step = ck.cache(model, MASK)
-    state = step.init(6, **specimen("Flux").inputs(0))
+    state = step.init(6, **shared("Flux").inputs(0))
     with_adapter, _ = take(step, state, 0)
     model.disable_adapters()
     without, _ = take(step, state, 0)
@@ -360,7 +360,7 @@ def test_training_mode_and_flags_are_followed():
 def test_gradient_checkpointing_is_followed():
     model = fresh()
     step = ck.cache(model, MASK)
-    state = step.init(6, **specimen("Flux").inputs(0))
+    state = step.init(6, **shared("Flux").inputs(0))
     for switch, wanted in ((model.enable_gradient_checkpointing, True), (model.disable_gradient_checkpointing, False)):
         switch()
         with torch.no_grad():
@@ -376,7 +376,7 @@ def test_gradient_checkpointing_is_followed():
 
 @pytest.mark.parametrize("name", ["Flux", "Wan", "HunyuanVideo", "Latte"])
 def test_a_step_holds_the_weights_of_the_model_under_its_names(name):
-    model = specimen(name).model
+    model = shared(name).model
     step = ck.cache(model, MASK)
     assert list(step.shadow.state_dict()) == list(model.state_dict())
     assert {f"shadow.{key}" for key in model.state_dict()} == set(step.state_dict())
@@ -391,9 +391,9 @@ def test_weights_that_are_loaded_or_cast_reach_the_step():
     step = ck.cache(model, MASK)
     for assign in (False, True):
         model.load_state_dict(other.state_dict(), assign=assign)
-        state = step.init(6, **specimen("Flux").inputs(0))
+        state = step.init(6, **shared("Flux").inputs(0))
         out, _ = take(step, state, 0)
         assert torch.equal(out, plain(other, 0))
-        model.load_state_dict(specimen("Flux").model.state_dict(), assign=assign)
+        model.load_state_dict(shared("Flux").model.state_dict(), assign=assign)
         out, _ = take(step, state, 0)
         assert torch.equal(out, expected("Flux")[0])

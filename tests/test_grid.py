@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import byhand
@@ -107,16 +106,20 @@ def test_what_the_caller_writes_to_the_output_stays_out_of_the_state():
 
 COMPILED = SITES, ("interval", "drift"), ("hold", "two-point", "newton 2", "newton 1 repaid"), ("one graph", "programs")
 AT_ONCE = tiers.covering(*COMPILED, without=[(0, 2)])  # sites with forecasters: every pair is run eagerly
+LATER = [cell for cell in tiers.covering(*COMPILED, strength=3) if cell not in AT_ONCE]
 
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    ("sites", "decider", "forecaster", "way"),
-    [pytest.param(*cell, marks=[] if cell in AT_ONCE else pytest.mark.slow) for cell in itertools.product(*COMPILED)],
+    ("sites", "decider", "forecaster", "way", "backend"),
+    [
+        *((*cell, "aot_eager") for cell in AT_ONCE),
+        *(pytest.param(*cell, "eager", marks=pytest.mark.slow) for cell in LATER),
+    ],
 )
-def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
+def test_every_way_to_run_is_the_same(sites, decider, forecaster, way, backend):
     step = ck.cache(byhand.shared(depth=2), policy(sites, decider, forecaster))
-    ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5)
+    ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5, backend)
 
 
 @pytest.mark.compiles

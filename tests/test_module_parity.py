@@ -5,6 +5,7 @@ And where the hooks look in vain: attention that their names do not match.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -24,6 +25,7 @@ from diffusers.hooks import (
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
 from diffusers.models.cache_utils import CacheMixin
+from specimens import shared
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -294,12 +296,13 @@ def test_faster_cache_with_both_halves(name, layout, attention, uncond):
 
 @pytest.mark.parametrize("name", list(zoo.BUILDERS))
 def test_all_attention_that_diffusers_knows_is_found(name):
-    specimen = zoo.specimen(name)
+    specimen = shared(name)
     called: set[str] = set()
-    known = attentions(specimen.model)
-    for path, module in known.items():
-        module.register_forward_hook(lambda module, args, out, path=path: called.add(path))
-    specimen.model(**specimen.inputs(0))
+    with contextlib.ExitStack() as hooks:
+        for path, module in attentions(specimen.model).items():
+            hook = module.register_forward_hook(lambda module, args, out, path=path: called.add(path))
+            hooks.callback(hook.remove)
+        specimen.model(**specimen.inputs(0))
     if not called:
         pytest.skip("no attention of diffusers' classes runs in it")
     step = ck.cache(specimen.model, ck.Policy("all", ck.deciders.mask([1]), ck.forecasters.hold(), sites="attention"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import ways
 from dit import feed
+from specimens import shared
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -116,7 +117,7 @@ def test_bytes_said_are_bytes_held(decider):
 @pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_every_class_of_the_zoo(name):
-    specimen = zoo.specimen(name)
+    specimen = shared(name)
     with torch.no_grad():
         step = ck.cache(specimen.model, ck.step_mask([1, 0, 1], sites="output"))
         state, outputs = step.init(3, **specimen.inputs(0)), []

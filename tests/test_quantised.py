@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
 import torch
+from specimens import shared
 from test_containers import POLICIES, STEPS
 from tiers import covering
 from torch import Tensor, nn
@@ -15,10 +15,6 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import cachekit as ck
-from cachekit.diffusers import zoo
-
-specimen = functools.cache(zoo.specimen)
-
 
 aten = torch.ops.aten
 
@@ -62,7 +58,7 @@ class Eight(Tensor):
 
 def quantised(name: str) -> nn.Module:
     """A model of the zoo with such weights in its linear layers."""
-    model = copy.deepcopy(specimen(name).model).requires_grad_(False).eval()
+    model = copy.deepcopy(shared(name).model).requires_grad_(False).eval()
     for module in model.modules():
         if type(module) is nn.Linear:
             scale = module.weight.abs().amax(1, keepdim=True) / 127
@@ -81,7 +77,7 @@ def run(step: Any, state: ck.State, name: str) -> tuple[list[Tensor], ck.State]:
     """The outputs of a trajectory, and its last state."""
     outs = []
     for index in range(STEPS):
-        (out,), state = step(state, **specimen(name).inputs(index), return_dict=False)
+        (out,), state = step(state, **shared(name).inputs(index), return_dict=False)
         outs.append(out)
     return outs, state
 
@@ -94,17 +90,17 @@ def run(step: Any, state: ck.State, name: str) -> tuple[list[Tensor], ck.State]:
 def test_computed_steps_are_those_of_the_quantised_model(name, policy, way):
     model = quantised(name)
     assert sum(is_traceable_wrapper_subclass(weight) for weight in model.parameters()) > 8
-    wanted = [model(**specimen(name).inputs(index), return_dict=False)[0] for index in range(STEPS)]
+    wanted = [model(**shared(name).inputs(index), return_dict=False)[0] for index in range(STEPS)]
     for made in POLICIES[policy]:
         step = ck.cache(model, made)
         if way != "eager":
             step = step.compile(backend="aot_eager", regional=way == "regional")
-        outs, state = run(step, step.init(STEPS, **specimen(name).inputs(0), return_dict=False), name)
+        outs, state = run(step, step.init(STEPS, **shared(name).inputs(0), return_dict=False), name)
         pattern = ck.summary(state).computed
         assert all(pattern) == (made is POLICIES[policy][0])
         for out, want, computed in zip(outs, wanted, pattern, strict=True):
             assert torch.equal(out, want) == computed
-    assert step.explain(STEPS, **specimen(name).inputs(0), return_dict=False).faked
+    assert step.explain(STEPS, **shared(name).inputs(0), return_dict=False).faked
 
 
 @pytest.mark.compiles
@@ -112,21 +108,21 @@ def test_computed_steps_are_those_of_the_quantised_model(name, policy, way):
 def test_one_graph_says_what_works_instead(policy):
     model = quantised("Wan")
     step = ck.cache(model, POLICIES[policy][1])
-    state = step.init(STEPS, **specimen("Wan").inputs(0), return_dict=False)
+    state = step.init(STEPS, **shared("Wan").inputs(0), return_dict=False)
     with pytest.raises(Exception, match=r"(?s)'[\w.]+weight' \(Eight\) cannot enter one graph.*step\.compile\(\)"):
         run(torch.compile(step, fullgraph=True, backend="aot_eager"), state, "Wan")
 
 
 def test_a_model_that_is_quantised_after_an_init_is_another_one():
-    model = copy.deepcopy(specimen("Wan").model).requires_grad_(False).eval()
+    model = copy.deepcopy(shared("Wan").model).requires_grad_(False).eval()
     step = ck.cache(model, POLICIES["mask"][1])
-    step.init(STEPS, **specimen("Wan").inputs(0), return_dict=False)
+    step.init(STEPS, **shared("Wan").inputs(0), return_dict=False)
     other = quantised("Wan")
     for path, module in model.named_modules():
         if type(module) is nn.Linear:
             module.weight = other.get_submodule(path).weight
-    outs, _ = run(step, step.init(STEPS, **specimen("Wan").inputs(0), return_dict=False), "Wan")
-    assert torch.equal(outs[0], other(**specimen("Wan").inputs(0), return_dict=False)[0])
+    outs, _ = run(step, step.init(STEPS, **shared("Wan").inputs(0), return_dict=False), "Wan")
+    assert torch.equal(outs[0], other(**shared("Wan").inputs(0), return_dict=False)[0])
     with pytest.raises(Exception, match=r"step\.compile\(\)"):
-        state = step.init(STEPS, **specimen("Wan").inputs(0), return_dict=False)
+        state = step.init(STEPS, **shared("Wan").inputs(0), return_dict=False)
         run(torch.compile(step, fullgraph=True, backend="eager"), state, "Wan")

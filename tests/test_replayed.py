@@ -9,10 +9,10 @@ import math
 import byhand
 import pytest
 import torch
+from specimens import shared
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
-from cachekit.diffusers.zoo import specimen
 
 pytestmark = pytest.mark.compiles
 
@@ -75,7 +75,7 @@ def alike(found, wanted):
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("method", POLICIES)
 def test_what_outlives_a_step_lies_where_no_replay_writes(method, donate, monkeypatch):
-    sp, policy = specimen("Flux"), POLICIES[method]
+    sp, policy = shared("Wan"), POLICIES[method]
     replays = Replays(monkeypatch)
     with torch.no_grad():
         wanted, right = trajectory(ck.cache(sp.model, policy), sp)
@@ -116,7 +116,7 @@ def test_the_unconditional_call_too(monkeypatch):
 
 
 def test_other_modes_are_not_copied(monkeypatch):
-    sp, replays = specimen("Flux"), Replays(monkeypatch)
+    sp, replays = shared("Wan"), Replays(monkeypatch)
     with torch.no_grad():
         trajectory(ck.cache(sp.model, POLICIES["mag_cache"]).compile(backend=replays), sp)
     assert replays.steps == 0

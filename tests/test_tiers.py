@@ -34,13 +34,14 @@ def test_the_classes_that_stand_for_the_others_are_in_the_zoo():
     assert set(tiers.CLASSES) <= set(zoo.NAMES) and len(tiers.CLASSES) == 10
 
 
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.sets(st.sampled_from([(0, 1), (0, 2), (1, 3)])))
-def test_a_covering_has_every_pair(sizes, without):
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=4), st.integers(1, 3), st.data())
+def test_in_a_covering_all_values_of_so_many_axes_meet(sizes, strength, data):
     axes = [range(size) for size in sizes]
-    rows = tiers.covering(*axes, without=[*without])
-    for pair in {*itertools.combinations(range(len(axes)), 2)} - without:
-        one, other = pair
-        assert {(row[one], row[other]) for row in rows} == set(itertools.product(axes[one], axes[other]))
+    places = [*itertools.combinations(range(len(axes)), strength)]
+    without = data.draw(st.sets(st.sampled_from(places))) if places else set()
+    rows = tiers.covering(*axes, strength=strength, without=[*without])
+    for place in {*places} - without:
+        assert {tuple(row[axis] for axis in place) for row in rows} == {*itertools.product(*(axes[n] for n in place))}
     assert len(rows) == len(set(rows)) <= len([*itertools.product(*axes)])
 
 

@@ -15,13 +15,15 @@ Run = Callable[..., tuple[list[Tensor], ck.State]]
 """`(step, init) -> outputs, last state` of a trajectory; without `init`, that of the step."""
 
 
-def assert_alike(step: ck.CachedStep, run: Run, way: str, graphs: int, tolerance: float) -> None:
+def assert_alike(
+    step: ck.CachedStep, run: Run, way: str, graphs: int, tolerance: float, backend: str = "aot_eager"
+) -> None:
     """Two trajectories of "one graph" or "programs" equal the step run eagerly, in so many graphs, without a break."""
     wanted, end = run(step)
     torch._dynamo.reset()
     counters.clear()
-    compiled = step.compile(backend="aot_eager") if way == "programs" else None
-    call = compiled or torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = step.compile(backend=backend) if way == "programs" else None
+    call = compiled or torch.compile(step, fullgraph=True, backend=backend)
     for _ in range(2):
         outputs, state = run(call, (compiled or step).init)
         for one, other in zip(outputs, wanted, strict=True):
