@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +9,7 @@ from cachekit.guidance import GUIDANCE
 from cachekit.plans import Plan
 from cachekit.state import State, human_bytes, state_bytes
 from cachekit.structure.layout import Found, Layout
+from cachekit.structure.record import alike
 
 if TYPE_CHECKING:
     from cachekit.transform import CachedStep
@@ -108,9 +108,6 @@ def _sites(found: Found, state: State) -> Iterator[SiteRow]:
         held = state_bytes(state.sites[layout.guided.name])
         yield SiteRow(f"{layout.guided.name} (the unconditional half)", None, 2, held)
     for kind, names in found.kinds.items():
-        alike: dict[str, list[str]] = {}
-        for name in names:
-            alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
-        for pattern, members in alike.items():
+        for pattern, members in alike(names).items():
             each = [state.sites[name] for name in members]
             yield SiteRow(f"{kind}: {pattern}", len(members), len(each[0]), state_bytes(each))

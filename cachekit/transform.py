@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, trajectory
-from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
+from cachekit.errors import ArgumentError, ArgumentTypeError, ForwardError, StateError, StructureError
 from cachekit.explain import Explanation, explanation
 from cachekit.forecasters import Clock
 from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
@@ -170,12 +170,27 @@ class CachedStep(nn.Module):
         self._begun = WeakIdKeyDictionary()  # timesteps of a trajectory begun here -> epoch of the modules
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        if self._programs is not None:
+            self.opened.check_compilable()
         if self.policy.guidance is not None and not self.policy.guidance.separate:
-            args, kwargs = self.policy.guidance.halves(args, kwargs)[1]
-        found = self.opened.find(args, kwargs, device)
+            found = self._find_half(args, kwargs, device)
+        else:
+            found = self.opened.find(args, kwargs, device)
         if self.shadow is not self.opened.shadow:
             self.shadow = self.opened.shadow
         return found
+
+    def _find_half(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
+        assert self.policy.guidance is not None
+        args, kwargs = self.policy.guidance.halves(args, kwargs)[1]
+        try:
+            return self.opened.find(args, kwargs, device)
+        except ForwardError as error:
+            raise StructureError(
+                "With batched guidance the model is called, on some steps, with the conditional half of the batch "
+                f"alone, and its forward fails on that: {error.args[0]}. It keeps something of a whole batch from call "
+                "to call, or an argument of it has no entry a sample. Use cfg=None: both halves are then computed."
+            ) from error
 
     def train(self, mode: bool = True) -> CachedStep:
         """Set the training mode of the model, with whose modules the step computes."""
@@ -239,6 +254,7 @@ class CachedStep(nn.Module):
             timesteps: of the new trajectory; None for those of `state`.
         """
         layout = self.check_state(state)
+        self.opened.begin()
         times = trajectory(state.timesteps if timesteps is None else timesteps)
         plan, decider = self._fresh(times, layout)
         computed, signal = fresh_log(len(times))

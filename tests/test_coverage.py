@@ -108,18 +108,18 @@ def test_a_method_that_does_not_compute_every_step_exactly_fails(monkeypatch):
 
 
 def test_an_output_that_is_not_finite_fails(monkeypatch):
-    right = trial._run
+    right = trial.run
 
     def wrong(call, specimen, init=None):
         outputs, log = right(call, specimen, init)
         return ([*outputs[:-1], [outputs[-1][0] * float("nan")]], log) if not all(log.computed) else (outputs, log)
 
-    assert broken("mag_cache", monkeypatch, _run=wrong) == "fails: an output is not finite"
+    assert broken("mag_cache", monkeypatch, run=wrong) == "fails: an output is not finite"
 
 
 @pytest.mark.compiles
 def test_two_graphs_fail(monkeypatch):
-    right = trial._run
+    right = trial.run
 
     def wrong(call, specimen, init=None):
         if init is not None:  # compiled
@@ -128,6 +128,6 @@ def test_two_graphs_fail(monkeypatch):
         return right(call, specimen, init)
 
     specimen_inputs = zoo.specimen("PixArt").inputs
-    monkeypatch.setattr(trial, "_run", wrong)
+    monkeypatch.setattr(trial, "run", wrong)
     [finding] = trial.cover("PixArt", ("mag_cache",))
     assert finding.verdict == "fails" and "graphs in 5 steps" in finding.reason

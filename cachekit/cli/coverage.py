@@ -37,10 +37,12 @@ def coverage(
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Try every method on every transformer class of the installed diffusers, and print what works.
+    """Try every method on every transformer class of the installed diffusers and on some others, and print what works.
 
     Tiny configurations with random weights. A method works where its computed steps are the uncached ones to the bit,
     its skipped steps are finite and other ones, and a compiled step is one graph wherever the uncached model is one.
+    Where neither a class nor a method is named, quantised weights are tried in every way to run as well, of those
+    libraries of the extra `quant` that are installed.
     """
     from cachekit.coverage import table
 
@@ -52,7 +54,8 @@ def coverage(
     options.writable("--markdown", markdown)
     before = _read(against) if against is not None else None
     findings = table.cover_all(names, tuple(method or table.METHODS), compiled=compiled, jobs=jobs)
-    record = table.record(findings, compiled=compiled)
+    weighed = [] if classes or method or not compiled else table.cover_weights(jobs)
+    record = table.record(findings, compiled=compiled, weighed=weighed)
     if save is not None:
         save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if markdown is not None:
@@ -64,7 +67,7 @@ def coverage(
     lost = table.lost(before, record) if before is not None else []
     for each in lost:
         typer.secho(f"Lost: {each}", fg="red", err=True)
-    if lost or any(finding.verdict == "fails" for finding in findings):
+    if lost or any(finding.verdict == "fails" for finding in (*findings, *weighed)):
         raise typer.Exit(1)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import typer
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from cachekit.coverage.trial import METHODS, Finding, cover
+from cachekit.coverage import trial, weights
+from cachekit.coverage.trial import METHODS, Finding
 from cachekit.diffusers import zoo
 
 COMPILES = ", and `torch.compile(step, fullgraph=True)` makes one graph wherever it makes one of the uncached model"
@@ -35,9 +36,9 @@ OTHERS = {
 
 
 def specimens(classes: Iterable[str] | None) -> tuple[str, ...]:
-    """Names in the zoo of these classes, or of all."""
+    """Names in the zoo of these classes, or of all, those that are not in diffusers last."""
     if not classes:
-        return zoo.NAMES
+        return (*zoo.NAMES, *zoo.FOREIGN)
     chosen: list[str] = []
     for wanted in classes:
         found = [name for name, (cls, _) in zoo.BUILDERS.items() if wanted in (name, cls.__name__)]
@@ -59,20 +60,29 @@ def untried() -> dict[str, str]:
 def cover_all(
     names: tuple[str, ...], methods: tuple[str, ...] = tuple(METHODS), *, compiled: bool = True, jobs: int = 1
 ) -> list[Finding]:
-    """`cover` of every specimen, with a progress bar; in the order of `names`."""
+    """`trial.cover` of every specimen, with a progress bar; in the order of `names`."""
+    return _each(partial(trial.cover, methods=methods, compiled=compiled), names, jobs, "class")
+
+
+def cover_weights(jobs: int = 1) -> list[Finding]:
+    """`weights.cover` of all weights whose packages are installed, with a progress bar."""
+    return _each(weights.cover, tuple(filter(weights.installed, weights.WEIGHTS)), jobs, "weights")
+
+
+def _each(cover: Callable[[str], list[Finding]], names: tuple[str, ...], jobs: int, unit: str) -> list[Finding]:
     found: dict[str, list[Finding]] = {}
-    with tqdm(total=len(names), unit="class", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        for name, findings in _each(names, methods, compiled, jobs):
+    with tqdm(total=len(names), unit=unit, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for name, findings in _in_turn(cover, names, jobs):
             found[name] = findings
             bar.set_description(f"{name:<24}")
             bar.update()
     return [finding for name in names for finding in found[name]]
 
 
-def _each(
-    names: tuple[str, ...], methods: tuple[str, ...], compiled: bool, jobs: int
+def _in_turn(
+    cover: Callable[[str], list[Finding]], names: tuple[str, ...], jobs: int
 ) -> Iterator[tuple[str, list[Finding]]]:
-    covered = partial(_covered, methods=methods, compiled=compiled)
+    covered = partial(_covered, cover)
     if len(names) == 1:
         yield covered(names[0])
         return
@@ -82,12 +92,27 @@ def _each(
         yield from pool.imap_unordered(covered, names)
 
 
-def _covered(name: str, methods: tuple[str, ...], compiled: bool) -> tuple[str, list[Finding]]:
-    return name, cover(name, methods, compiled=compiled)
+def _covered(cover: Callable[[str], list[Finding]], name: str) -> tuple[str, list[Finding]]:
+    return name, cover(name)
 
 
-def record(findings: Iterable[Finding], *, compiled: bool) -> dict[str, Any]:
-    """All that was found, as plain values: specimen -> class and method -> finding."""
+def record(findings: Iterable[Finding], *, compiled: bool, weighed: Iterable[Finding] = ()) -> dict[str, Any]:
+    """All that was found, as plain values.
+
+    Args:
+        findings: of `cover_all`.
+        compiled: whether the compiler was tried.
+        weighed: of `cover_weights`.
+
+    Returns:
+        `rows`: specimen -> class and method -> finding; `weights`: weights -> package and way to run -> finding.
+    """
+    versions = {name: version(name) for name in ("torch", "diffusers")}
+    found = {"versions": versions, "compiled": compiled, "rows": _rows(findings), "untried": untried()}
+    return {**found, "weights": _rows(weighed), "missing": _missing()} if weighed else found
+
+
+def _rows(findings: Iterable[Finding]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for finding in findings:
         row = rows.setdefault(finding.specimen, {"class": finding.class_name, "methods": {}})
@@ -96,14 +121,22 @@ def record(findings: Iterable[Finding], *, compiled: bool) -> dict[str, Any]:
             "reason": finding.reason,
             "pattern": finding.pattern,
         }
-    versions = {name: version(name) for name in ("torch", "diffusers")}
-    return {"versions": versions, "compiled": compiled, "rows": rows, "untried": untried()}
+    return rows
+
+
+def _missing() -> dict[str, str]:
+    """Weights that were not tried -> the package that makes them."""
+    return {name: kind.package for name, kind in weights.WEIGHTS.items() if not weights.installed(name)}
 
 
 def totals(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Method -> on how many classes it works, of how many; of a class with several specimens, on all of them."""
+    """Method -> on how many classes of diffusers it works, of how many; of a class with several specimens, on all."""
+    return _counts({name: row for name, row in record["rows"].items() if name not in zoo.SHAPES})
+
+
+def _counts(rows: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     verdicts: dict[str, dict[str, bool]] = {}
-    for row in record["rows"].values():
+    for row in rows.values():
         for method, finding in row["methods"].items():
             by_class = verdicts.setdefault(method, {})
             by_class[row["class"]] = by_class.get(row["class"], True) and finding["verdict"] == "works"
@@ -111,53 +144,104 @@ def totals(record: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def lost(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What worked before and does not now; what was not tried now is passed over if this diffusers lacks the class."""
+    """What worked before and does not now; passed over is what cannot be tried: a class that this diffusers lacks, a
+    package that is not installed.
+    """
     found = []
-    for name, row in before["rows"].items():
-        for method, finding in row["methods"].items():
-            if finding["verdict"] != "works" or name not in zoo.NAMES:
-                continue
-            latest = now["rows"].get(name, {}).get("methods", {}).get(method)
-            if latest is None:
-                found.append(f"{row['class']} ({name}), {method}: not tried")
-            elif latest["verdict"] != "works":
-                found.append(f"{row['class']} ({name}), {method}: {latest['verdict']}, {latest['reason']}")
+    for part in ("rows", "weights"):
+        for name, row in before.get(part, {}).items():
+            there = name in zoo.BUILDERS if part == "rows" else part in now and name not in now["missing"]
+            for method, finding in row["methods"].items() if there else ():
+                if finding["verdict"] != "works":
+                    continue
+                latest = now[part].get(name, {}).get("methods", {}).get(method)
+                if latest is None:
+                    found.append(f"{row['class']} ({name}), {method}: not tried")
+                elif latest["verdict"] != "works":
+                    found.append(f"{row['class']} ({name}), {method}: {latest['verdict']}, {latest['reason']}")
     return found
 
 
+class _Section(NamedTuple):
+    """One table."""
+
+    title: str
+    head: str  # of its first column
+    labels: dict[str, str]  # name of a row -> what it is called
+    rows: Mapping[str, Any]
+    about: str
+
+
+def _sections(record: Mapping[str, Any]) -> list[_Section]:
+    known = {name: row for name, row in record["rows"].items() if name not in zoo.SHAPES}
+    classes = [row["class"] for row in known.values()]
+    labels = {
+        name: row["class"] if classes.count(row["class"]) == 1 else f"{row['class']} ({name})"
+        for name, row in known.items()
+    }
+    foreign = {name: row for name, row in record["rows"].items() if name in zoo.SHAPES}
+    weighed = record.get("weights", {})
+    shapes = "In the shape of " + "; ".join(f"{zoo.SHAPES[name]} (`{name}`)" for name in foreign) + "."
+    compared = (
+        f"`first_block_cache` and `taylorseer`, compiled with the backend `{weights.BACKEND}` (GGUF: Inductor). A way "
+        "to run works where computed steps are those of the same model uncached, to the bit (GGUF, compiled: to "
+        f"{weights.TOLERANCE:g}), and skipped ones are finite and other ones."
+    )
+    found = [
+        _Section("Classes of diffusers", "class", labels, known, ""),
+        _Section("Models that are not in diffusers", "model", {name: name for name in foreign}, foreign, shapes),
+        _Section(
+            "Weights, and ways to run",
+            "weights",
+            {name: row["class"] for name, row in weighed.items()},
+            weighed,
+            compared,
+        ),
+    ]
+    return [section for section in found if section.rows]
+
+
 def show(record: Mapping[str, Any], console: Console) -> None:
-    """Print the table, the totals, and every reason."""
-    methods = list(totals(record))
-    table = Table(box=None)
-    table.add_column("class")
-    for method in methods:
-        table.add_column(method, justify="center", overflow="fold", max_width=16)
-    for name, row in record["rows"].items():
-        shown = row["class"] if _only(record, row["class"]) else f"{row['class']} ({name})"
-        table.add_row(shown, *(MARKS[row["methods"][method]["verdict"]] for method in methods))
-    table.add_row("[bold]classes[/bold]", *(f"{works} of {count}" for works, count in totals(record).values()))
-    console.print(table)
+    """Print the tables, the totals, and every reason."""
+    for section in _sections(record):
+        counts = _counts(section.rows)
+        table = Table(box=None, title=section.title)
+        table.add_column(section.head)
+        for method in counts:
+            table.add_column(method, justify="center", overflow="fold", max_width=16)
+        for name, label in section.labels.items():
+            table.add_row(label, *_marks(section.rows[name], counts))
+        table.add_row("[bold]works on[/bold]", *(f"{works} of {count}" for works, count in counts.values()))
+        console.print(table)
     for line in reasons(record):
         console.print(line, markup=False, highlight=False)
+    for name, package in record.get("missing", {}).items():
+        console.print(f"{name} not tried: {package} is not installed.", markup=False, highlight=False)
+
+
+def _marks(row: Mapping[str, Any], methods: Iterable[str]) -> list[str]:
+    return [MARKS[row["methods"][method]["verdict"]] if method in row["methods"] else "" for method in methods]
 
 
 def reasons(record: Mapping[str, Any]) -> list[str]:
     """A line for every finding that is not simply "works"."""
     lines = []
-    for name, row in record["rows"].items():
-        said: dict[str, list[str]] = {}
-        for method, finding in row["methods"].items():
-            if finding["reason"]:
-                said.setdefault(f"{finding['verdict']}: {finding['reason']}", []).append(method)
-        alike = len(said) == 1 and len(next(iter(said.values()))) == len(row["methods"])
-        for reason, methods in said.items():
-            lines.append(f"{row['class']} ({name}), {'every method' if alike else ', '.join(methods)} {reason}")
+    for section in _sections(record):
+        for name, label in section.labels.items():
+            said: dict[str, list[str]] = {}
+            findings = section.rows[name]["methods"]
+            for column, finding in findings.items():
+                if finding["reason"]:
+                    said.setdefault(f"{finding['verdict']}: {finding['reason']}", []).append(column)
+            for reason, columns in said.items():
+                every = len(columns) == len(findings) > 1
+                lines.append(f"{label}, {'everything' if every else '; '.join(columns)} {reason}")
     return lines
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table as a page."""
-    methods, versions = list(totals(record)), record["versions"]
+    """The tables as a page."""
+    versions = record["versions"]
     checked = "compiled too" if record["compiled"] else "not compiled"
     lines = [
         "# Which method works on which model",
@@ -169,21 +253,27 @@ def markdown(record: Mapping[str, Any]) -> str:
         "other ones" + (COMPILES if record["compiled"] else "") + ". The last column is the half of FasterCache that "
         "leaves out the unconditional half of a batch.",
         "",
-        f"| class | {' | '.join(methods)} |",
-        f"|---|{':-:|' * len(methods)}",
+        "✓ works, – refused with a reason, ✗ fails.",
+        "",
     ]
-    for name, row in record["rows"].items():
-        shown = f"`{row['class']}`" + ("" if _only(record, row["class"]) else f" ({name})")
-        lines.append(f"| {shown} | {' | '.join(MARKS[row['methods'][method]['verdict']] for method in methods)} |")
-    counted = (f"**{works} of {count}**" for works, count in totals(record).values())
-    lines += [f"| **classes** | {' | '.join(counted)} |", "", "✓ works, – refused with a reason, ✗ fails.", ""]
+    for section in _sections(record):
+        counts = _counts(section.rows)
+        lines += [f"## {section.title}", ""] + ([section.about, ""] if section.about else [])
+        lines += [f"| {section.head} | {' | '.join(counts)} |", f"|---|{':-:|' * len(counts)}"]
+        for name, label in section.labels.items():
+            lines.append(f"| {_code(label, section.head)} | {' | '.join(_marks(section.rows[name], counts))} |")
+        counted = (f"**{works} of {count}**" for works, count in counts.values())
+        lines += [f"| **works on** | {' | '.join(counted)} |", ""]
     lines += ["## Reasons", "", *(f"- {_escaped(line)}" for line in reasons(record)), ""]
-    lines += ["## Not tried", "", *(f"- `{name}`: {why}" for name, why in record["untried"].items()), ""]
-    return "\n".join(lines)
+    lines += ["## Not tried", "", *(f"- `{name}`: {why}" for name, why in record["untried"].items())]
+    lines += [f"- {name}: {package} was not installed" for name, package in record.get("missing", {}).items()]
+    return "\n".join([*lines, ""])
 
 
-def _only(record: Mapping[str, Any], class_name: str) -> bool:
-    return sum(row["class"] == class_name for row in record["rows"].values()) == 1
+def _code(label: str, head: str) -> str:
+    """A name of a class as code, with what stands behind it."""
+    name, parenthesis, rest = label.partition(" (")
+    return label if head == "weights" else f"`{name}`{parenthesis}{rest}"
 
 
 def _escaped(line: str) -> str:

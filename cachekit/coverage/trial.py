@@ -87,7 +87,7 @@ def cover(name: str, methods: tuple[str, ...] = tuple(METHODS), *, compiled: boo
         >>> finding.verdict, finding.pattern
         ('works', '#....')
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         specimen = zoo.specimen(name)
         _begin(specimen)
         uncached = [tensors(specimen.model(**specimen.inputs(step))) for step in range(STEPS)]
@@ -107,32 +107,35 @@ def _try(specimen: zoo.Specimen, method: str, uncached: list[list[Tensor]], comp
     layout = _layout(uncached[0][0])
     pattern = ""
     try:
-        outputs, log = _run(ck.cache(specimen.model, METHODS[method].exact(layout)), specimen)
-        if not all(_same(ours, theirs) for ours, theirs in zip(outputs, uncached, strict=True)):
+        outputs, log = run(ck.cache(specimen.model, METHODS[method].exact(layout)), specimen)
+        if not all(same(ours, theirs) for ours, theirs in zip(outputs, uncached, strict=True)):
             return Finding(specimen.name, kind, method, "fails", "a computed step is not the uncached one to the bit")
         step = ck.cache(specimen.model, METHODS[method].skipping(layout))
-        outputs, log = _run(step, specimen)
+        outputs, log = run(step, specimen)
         pattern = "".join("#" if computed else "." for computed in log.computed)
-        why = _flaw(outputs, uncached, log)
+        why = flaw(outputs, log, uncached)
         if not why and compiled:
             why = _compiled_flaw(step, specimen, outputs)
     except CacheError as error:
         return Finding(specimen.name, kind, method, "refused", " ".join(str(error).split()))
     except Exception as error:  # whatever it is, it belongs in the table and must not end the others
-        return Finding(specimen.name, kind, method, "fails", _first_line(error), pattern)
+        return Finding(specimen.name, kind, method, "fails", first_line(error), pattern)
     if why:
         return Finding(specimen.name, kind, method, "fails", why, pattern)
     note = f"the uncached model is no single graph either: {broken}" if broken else ""
     return Finding(specimen.name, kind, method, "works", note, pattern)
 
 
-def _flaw(outputs: list[list[Tensor]], uncached: list[list[Tensor]], log: ck.Summary) -> str:
+def flaw(
+    outputs: list[list[Tensor]], log: ck.Summary, uncached: list[list[Tensor]], alike: Callable[..., bool] | None = None
+) -> str:
+    """What is wrong with a run that skipped, empty if nothing is; `alike` compares two steps, `same` if it is None."""
     if all(log.computed):
         return "nothing was skipped"
     if not all(tensor.isfinite().all() for step in outputs for tensor in step):
         return "an output is not finite"
     for step, computed in enumerate(log.computed):
-        if _same(outputs[step], uncached[step]) != computed:
+        if (alike or same)(outputs[step], uncached[step]) != computed:
             return f"step {step} was {'computed and is not' if computed else 'skipped and is'} the uncached one"
     return ""
 
@@ -141,9 +144,9 @@ def _compiled_flaw(step: ck.CachedStep, specimen: zoo.Specimen, wanted: list[lis
     graphs = _Graphs()
     torch._dynamo.reset()
     try:
-        outputs, _ = _run(torch.compile(step, fullgraph=True, backend=graphs), specimen, init=step.init)
+        outputs, _ = run(torch.compile(step, fullgraph=True, backend=graphs), specimen, init=step.init)
     except Exception as error:
-        return f"torch.compile(step, fullgraph=True): {_first_line(error)}"
+        return f"torch.compile(step, fullgraph=True): {first_line(error)}"
     if graphs.made != 1:
         return f"torch.compile(step, fullgraph=True) made {graphs.made} graphs in {STEPS} steps"
     for ours, theirs in zip(outputs, wanted, strict=True):
@@ -161,7 +164,7 @@ def _broken(specimen: zoo.Specimen, uncached: list[list[Tensor]]) -> str:
         for step in range(STEPS):
             call(**specimen.inputs(step))
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return "" if graphs.made == 1 else f"{graphs.made} graphs in {STEPS} steps"
 
 
@@ -176,7 +179,8 @@ class _Graphs:
         return graph.forward
 
 
-def _run(call: Any, specimen: zoo.Specimen, init: Any = None) -> tuple[list[list[Tensor]], ck.Summary]:
+def run(call: Any, specimen: zoo.Specimen, init: Any = None) -> tuple[list[list[Tensor]], ck.Summary]:
+    """A trajectory: the tensors of every step, and what the last state tells; without `init`, that of `call`."""
     times = [float(time) for time in specimen.timesteps[:STEPS]]
     state, outputs = (init or call.init)(times, **specimen.inputs(0)), []
     for step in range(STEPS):
@@ -191,7 +195,8 @@ def tensors(out: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor)]
 
 
-def _same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether two steps agree to the bit."""
     return len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -202,13 +207,14 @@ def _layout(output: Tensor) -> Any:
     return {4: "BCHW", 5: "BCFHW"}.get(output.ndim, "BCFHW")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in short."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what models say of themselves, and on one thread: at this size a second one only waits for the first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 from cachekit.errors import StructureError
@@ -14,14 +17,29 @@ def refuse(model: nn.Module) -> None:
         StructureError: the model is group-offloaded. Its hooks load the blocks in the order of the first forward
             and count on every block to run; a reused step leaves blocks out.
     """
-    for path, module in model.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for name in getattr(registry, "hooks", {}):
-            if "group_offloading" in name:
-                raise StructureError(
-                    f"`model` is group-offloaded ({path or 'the model'} has the hook {name!r}), which loads blocks in "
-                    "a fixed order and counts on every one to run. Use model or sequential offload instead, or none."
-                )
+    for where, name, _ in _hooks(model):
+        if "group_offloading" in name:
+            raise StructureError(
+                f"`model` is group-offloaded ({where} has the hook {name!r}), which loads blocks in a fixed order and "
+                "counts on every one to run. Use model or sequential offload instead, or none."
+            )
+
+
+def uncompilable(model: nn.Module) -> str | None:
+    """Which feature of diffusers cannot be part of a graph, and what can be done; None if there is none.
+
+    Layerwise casting puts new parameters into a layer around every call, and Dynamo follows no parameter that is made
+    (torch 2.11 to 2.15), with a cache or without.
+    """
+    for where, name, _ in _hooks(model):
+        if "layerwise_casting" in name:
+            return (
+                f"`model` has layerwise casting ({where} has the hook {name!r}), which puts new weights into a layer "
+                "around every call, and no graph can hold that. Run the step as it is, or with "
+                "step.compile(regional=True), which leaves such layers out of its graphs; or quantise the weights, "
+                "e.g. with torchao's Float8WeightOnlyConfig, and use step.compile()."
+            )
+    return None
 
 
 def refuse_hooks(name: str, model: nn.Module) -> None:
@@ -30,11 +48,17 @@ def refuse_hooks(name: str, model: nn.Module) -> None:
     Raises:
         StructureError: both would leave things out, and neither know of the other.
     """
+    for where, hook_name, hook in _hooks(model):
+        if "cache" in type(hook).__module__.rpartition(".")[2] or "pyramid" in hook_name:
+            raise StructureError(
+                f"`{name}` has a cache of diffusers enabled ({where} has the hook {hook_name!r}). Switch it off with "
+                f"pipe.{name}.disable_cache(), or pass its config to cachekit.diffusers instead."
+            )
+
+
+def _hooks(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """Where, under which name, and what every hook of diffusers in a model is."""
     for path, module in model.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
-        for hook_name, hook in getattr(registry, "hooks", {}).items():
-            if "cache" in type(hook).__module__.rpartition(".")[2] or "pyramid" in hook_name:
-                raise StructureError(
-                    f"`{name}` has a cache of diffusers enabled ({path or 'the model'} has the hook {hook_name!r}). "
-                    f"Switch it off with pipe.{name}.disable_cache(), or pass its config to cachekit.diffusers instead."
-                )
+        for name, hook in getattr(registry, "hooks", {}).items():
+            yield path or "the model", name, hook

@@ -24,7 +24,6 @@ from cachekit.running.shadow import (
     block_paths,
     compiled_around,
     stands,
-    take_over,
 )
 from cachekit.structure.chains import Chain
 from cachekit.structure.forms import Forming
@@ -73,7 +72,7 @@ class Opened:
         self._options = block_options
         self._named = tuple(name for chain in stated for name in _named(self.original, chain))
         self._found: dict[Any, Found] = {}
-        self._wrapped: str | None = None  # a weight that is a tensor with others inside
+        self._barred: str | None = None  # why the model can be in no graph that decides inside
         self._standing: Standing | None = None  # the model, when these were found
         self.epoch = self.generation = 0
         self._lock = threading.Lock()
@@ -134,7 +133,7 @@ class Opened:
                     self._found.clear()
             if signature not in self._found:
                 _refuse(self.original)
-                self._wrapped = _wrapped(self.original)
+                self._barred = _uncompilable(self.original) or _wrapped(self.original)
                 self._refuse_layers(device)
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
@@ -150,9 +149,13 @@ class Opened:
                     self._early |= early
                     self._parts |= parts
                     self._build()
-            for site in self._stand_ins:
-                take_over(site)
+            self._refresh.begin()
             return self._found[signature]
+
+    def begin(self) -> None:
+        """Before a trajectory: what forwards before it have left on copies of modules is forgotten."""
+        with self._lock:
+            self._refresh.begin()
 
     def _refuse_layers(self, device: torch.device) -> None:
         """Refuse layers of PyTorch's that run as one operator and would do something else as their children."""
@@ -206,17 +209,20 @@ class Opened:
                 stacklevel=2,
             )
 
+    def check_compilable(self) -> None:
+        """Refuse what no graph can hold."""
+        barred = _uncompilable(self.original)
+        if barred is not None:
+            raise StructureError(barred)
+
     def standing(self) -> tuple[int, ...]:
         """What tells one set of modules, and of hooks on the model itself, from another."""
         return (self.generation, *(len(vars(self.original)[name]) for name in HOOKS))
 
     def prepare_trace(self) -> None:
         """The same inside a graph, where it becomes guards."""
-        if self._wrapped is not None:
-            raise StructureError(
-                f"The weight {self._wrapped} cannot enter one graph that decides inside: torch.cond takes none of a "
-                "class of its own (torch 2.11 to 2.15). Use step.compile(), where the host decides."
-            )
+        if self._barred is not None:
+            raise StructureError(self._barred)
         for parent, name, child in self._children:
             # What lies deeper is shared with the model, and guarded by the compiler itself.
             if getattr(parent, name, None) is not child:
@@ -273,10 +279,15 @@ def _device(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.d
 
 
 def _wrapped(model: nn.Module) -> str | None:
-    """A weight that is a tensor with others inside, as of torchao and quanto: its name and class."""
+    """A weight that is a tensor with others inside, as of torchao and quanto, and what can be done."""
     weights = model.named_parameters()
     found = next(((name, weight) for name, weight in weights if is_traceable_wrapper_subclass(weight)), None)
-    return None if found is None else f"{found[0]!r} ({type(found[1]).__name__})"
+    if found is None:
+        return None
+    return (
+        f"The weight {found[0]!r} ({type(found[1]).__name__}) cannot enter one graph that decides inside: torch.cond "
+        "takes none of a class of its own (torch 2.11 to 2.15). Use step.compile(), where the host decides."
+    )
 
 
 def _helpers(blocks: Sequence[nn.Module]) -> tuple[Any, ...]:
@@ -312,3 +323,12 @@ def _refuse(model: nn.Module) -> None:
         from cachekit.diffusers.compat import refuse
 
         refuse(model)
+
+
+def _uncompilable(model: nn.Module) -> str | None:
+    """The same of what no graph can hold, and what can be done."""
+    if "diffusers" not in sys.modules:
+        return None
+    from cachekit.diffusers.compat import uncompilable
+
+    return uncompilable(model)

@@ -187,6 +187,14 @@ class Follower:
     def _now(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self._holders))]
 
+    def begin(self) -> None:
+        """Before a trajectory: what a forward has left on the copies is forgotten, they are as the originals are."""
+        for source, target, _ in self._pairs:
+            if isinstance(target, Site):
+                take_over(target)
+            elif _strayed(source, target):
+                _copy(source, target)
+
     def __call__(self) -> bool:
         """Take over what has changed; whether anything has."""
         now = self._now()
@@ -200,11 +208,26 @@ class Follower:
                 if isinstance(target, Site):
                     take_over(target)
                 else:
-                    _follow(source, target, ("_modules", "_compiled_call_impl", FUSED, *methods_of(source), *PATCHED))
-                    _patch(source, target)
+                    _copy(source, target)
                 self._pairs[n] = (source, target, now)
                 changed = True
         return changed
+
+
+def _kept(source: nn.Module) -> set[str]:
+    """Attributes that a copy of a shell has for itself."""
+    return {"_modules", "_compiled_call_impl", FUSED, *methods_of(source), *PATCHED}
+
+
+def _strayed(source: nn.Module, target: nn.Module) -> bool:
+    """Whether a copy has other attributes than its original."""
+    kept, theirs, ours = _kept(source), source.__dict__, target.__dict__
+    return any(ours.get(name, kept) is not theirs.get(name, kept) for name in {*ours, *theirs} - kept)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    _follow(source, target, _kept(source))
+    _patch(source, target)
 
 
 def _follow(source: nn.Module, target: nn.Module, kept: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from cachekit.structure.record import (
     Opaque,
     Record,
     instead,
+    known,
     leaves_of,
     list_name,
     lists_of,
@@ -181,10 +182,7 @@ def _statable(record: Record) -> str:
     kinds = [arg.kind for call in record.calls for arg in call.args.values() if isinstance(arg, Opaque)]
     carried = next((kind for kind in kinds if any(opaque(call.outs) == kind for call in record.calls)), None)
     if carried is not None:
-        return (
-            f" They take and return an object of class {carried}, into which nothing looks: if it is a dataclass, make "
-            f"its tensors known with torch.utils._pytree.register_dataclass({carried})."
-        )
+        return f" They take and return an object of class {carried}, into which nothing looks{known(carried)}."
     for call in record.calls:
         for i, out in enumerate(call.outs):
             keys = [key for key, arg in leaves_of(call) if isinstance(out, Leaf) and _fits(arg, out)]
@@ -225,8 +223,8 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
         denoised = [i for i, chain in enumerate(chains) if inputs(chain) or maps[chain[0]]]
     if not denoised:
         raise StructureError(
-            "The model has no chain of blocks that a cache could reuse: no block continues one of its arguments. "
-            f"Blocks that ran: {lists_of(c.path for c in calls)}.{_statable(record)}{instead(record)}"
+            "The model has no chain of blocks that a cache could reuse: no block is known to continue one of its "
+            f"arguments. Blocks that ran: {lists_of(c.path for c in calls)}.{_statable(record)}{instead(record)}"
         )
     cost: dict[str, int] = {}
     for i in denoised:

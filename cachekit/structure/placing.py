@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,20 @@ from cachekit.guidance import GUIDANCE
 from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
 from cachekit.structure.layout import ALL, NOTHING, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
-from cachekit.structure.record import Key, Leaf, Opaque, Part, Record, TensorSpec, instead, leaves_of, made_by, opaque
+from cachekit.structure.record import (
+    Key,
+    Leaf,
+    Opaque,
+    Part,
+    Record,
+    TensorSpec,
+    alike,
+    instead,
+    known,
+    leaves_of,
+    made_by,
+    opaque,
+)
 from cachekit.structure.spans import aliases_of, name_of, span_of
 
 
@@ -61,8 +73,9 @@ def lay_out(
         return found
     if len(output.dtypes) != 1:
         raise StructureError(
-            f"The model returns {len(output.dtypes)} tensors. With batched guidance it must return one, of which one "
-            "half is answered from the other."
+            f"The model returns {len(output.dtypes)} tensors. Where the unconditional half is answered from the other "
+            "one, it must return one. Use cfg=None: both halves are then computed, and what is inside of the blocks is "
+            "left out all the same."
         )
     _check_answer(record)
     layout = found.layout._replace(guided=output._replace(name=GUIDANCE, group=GUIDANCE))
@@ -170,20 +183,26 @@ def _unfit(part: Part) -> str | None:
     if not _specs(call.outs):
         return "it returns no tensor"
     kind = opaque(call.outs)
-    return None if kind is None else f"it returns an object of class {kind}, for which nothing can stand"
+    return None if kind is None else f"it returns an object of class {kind}, for which nothing can stand{known(kind)}"
 
 
 def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
     candidates: dict[str, list[str]] = {}
     for part in record.parts:
         if part.kind:
-            candidates.setdefault(part.kind, []).append(re.sub(r"\b\d+\b", "*", part.call.path))
-    shown = "; ".join(f"{kind}: {', '.join(dict.fromkeys(names))}" for kind, names in candidates.items())
+            candidates.setdefault(part.kind, []).append(part.call.path)
+    shown = "; ".join(f"{kind}: {', '.join(alike(dict.fromkeys(names)))}" for kind, names in candidates.items())
     skipped = f" Left to run: {'; '.join(left)}." if left else ""
+    # A module that is found and cannot be left out is none the more so by its name.
+    advice = (
+        ' sites="output" leaves out the model as a whole.'
+        if left
+        else " Name modules with a tuple of patterns, each of which must match a whole name, e.g. "
+        'sites=(r".*\\.attn",).'
+    )
     return (
         f"{what} matches no module of the model that can be left out.{skipped} Found inside its blocks: "
-        f"{shown or 'no attention and no feed-forward network'}. Name modules with a tuple of patterns, each of "
-        'which must match a whole name, e.g. sites=(r".*\\.attn",).'
+        f"{shown or 'no attention and no feed-forward network'}.{advice}"
     )
 
 

@@ -6,6 +6,7 @@ A tensor of the recorded forward is a *token*, an int that two values share exac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,6 +23,9 @@ KINDS = ("spatial", "temporal", "cross", "mlp")
 
 DENOISED = -1
 """The label of whatever was computed from the first argument of the model's forward; the others count down."""
+
+NUMBER = re.compile(r"\b\d+\b")
+"""A number in a name of a module."""
 
 
 class TensorSpec(NamedTuple):
@@ -114,9 +118,31 @@ def lists_of(paths: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(list_name(path) for path in paths)) or "none"
 
 
+def alike(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ in numbers alone -> those names, each group under one with a star where they differ.
+
+    Example:
+        >>> list(alike(["blocks.0.ff.1", "blocks.1.ff.1", "head"]))
+        ['blocks.*.ff.1', 'head']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(NUMBER.sub("*", name), []).append(name)
+    return {"".join(map(_common, zip(*map(NUMBER.split, group), strict=True))): group for group in groups.values()}
+
+
+def _common(pieces: tuple[str, ...]) -> str:
+    return pieces[0] if len({*pieces}) == 1 else "*"
+
+
 def leaves_of(call: Call) -> list[tuple[Key, Leaf]]:
     """Every tensor among the arguments, with its key."""
     return [(key, arg) for key, arg in call.args.items() if isinstance(arg, Leaf)]
+
+
+def known(kind: str) -> str:
+    """How the tensors in an object of this class are seen, for messages."""
+    return f" (if it is a dataclass, make its tensors known with torch.utils._pytree.register_dataclass({kind}))"
 
 
 def opaque(outs: Iterable[Any]) -> str | None:

@@ -45,15 +45,16 @@ Builder = Callable[[Any, Draw], Built]
 BUILDERS: dict[str, tuple[type[nn.Module], Builder]] = {}
 
 
-def recipe(name: str, model_class: str) -> Callable[[Builder], Builder]:
-    """Register a builder `(class, draw) -> (model, feed)`, unless this diffusers lacks the class.
+def recipe(name: str, model_class: str | type[nn.Module]) -> Callable[[Builder], Builder]:
+    """Register a builder `(class, draw) -> (model, feed)` of a class, by its name unless this diffusers lacks it.
 
     A builder that gives the model alone leaves its inputs to `cachekit.diffusers.inputs`.
     """
+    found = getattr(transformers, model_class, None) if isinstance(model_class, str) else model_class
 
     def register(builder: Builder) -> Builder:
-        if hasattr(transformers, model_class):
-            BUILDERS[name] = (getattr(transformers, model_class), builder)
+        if found is not None:
+            BUILDERS[name] = (found, builder)
         return builder
 
     return register
