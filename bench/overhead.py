@@ -1,13 +1,13 @@
 """What a cached step costs beside the step it replaces, on the CPU, peers in the same run.
 
-Two models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, and a near-empty
-one, where all that is left is overhead. The rows of a method and an action are measured together with the plain
-model, call by call in turn; a row's figure is the median of its ratios to the plain compiled call of the same round,
-beside it the ratio of the medians.
+Models of diffusers' Flux class with random weights: a medium one, whose blocks are real work, the same with the weights
+of its linear layers in eight bits (torchao), and a near-empty one, where all that is left is overhead. The rows of a
+method and an action are measured together with the plain model, call by call in turn; a row's figure is the median of
+its ratios to the plain compiled call of the same round, beside it the ratio of the medians.
 Seconds are for orientation only. Compilation is timed apart, from an empty cache of compiled code. No result is timed
 before it agrees with what it should be.
 
-    python bench/overhead.py [--rounds 40] [--models medium,small] [--methods mag_cache,taylorseer]
+    python bench/overhead.py [--rounds 40] [--models medium,medium-int8,small] [--methods mag_cache,taylorseer]
                              [--ways programs] [--out DIR]
 """
 
@@ -38,6 +38,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from records import record, write
 
 import cachekit as ck
+from cachekit.coverage import weights
 
 STEPS = 1000  # a row that reaches the end starts again
 TIMES = [950.0] + [500.0] * (STEPS - 1)  # the first outside, the others inside of every range of timesteps
@@ -45,6 +46,7 @@ WAYS = ("hooks", "eager", "eager fused", "regional", "programs", "one graph")
 """`hooks`: those of diffusers, compiled. `eager fused`: what the policy computes compiled, the model as it is."""
 MODELS = {
     "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
+    "medium-int8": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
     "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
 }
 
@@ -60,8 +62,9 @@ class Row(NamedTuple):
     against: str | None = None  # name of the row that shows the right output
 
 
-def build(spec: dict[str, int]) -> tuple[FluxTransformer2DModel, list[dict[str, Any]]]:
+def build(name: str) -> tuple[Any, list[dict[str, Any]]]:
     """A Flux of the given size with open gates, and the inputs of a few slowly changing steps."""
+    spec = MODELS[name]
     torch.manual_seed(0)
     width = spec["heads"] * spec["width"]
     axes = {64: (16, 24, 24), 8: (2, 2, 4)}[spec["width"]]
@@ -95,7 +98,7 @@ def build(spec: dict[str, int]) -> tuple[FluxTransformer2DModel, list[dict[str, 
         }
         for i in range(8)
     ]
-    return model, inputs
+    return weights.quantised("int8 weight-only", model) if name.endswith("int8") else model, inputs
 
 
 class Ours:
@@ -346,8 +349,11 @@ def measure(table: list[Row], rounds: int, warm: int, timed: int) -> list[list[f
 
 def bench(name: str, methods: list[str], ways: list[str], rounds: int) -> list[dict[str, Any]]:
     """Measure one model and print its table."""
-    model, inputs = build(MODELS[name])
+    model, inputs = build(name)
     print(f"\n{name}: {MODELS[name]}")
+    if name.endswith("int8") and "one graph" in ways:
+        print("one graph: left out, torch.cond takes no weight of a class of its own")
+        ways = [way for way in ways if way != "one graph"]
     print(
         f"{'method':<28} {'way':<30} {'action':<9} {'x plain':>8} {'p25':>7} {'p75':>7} {'medians':>8} "
         f"{'ms':>9} {'first s':>8} {'state KiB':>10}"
@@ -394,7 +400,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=40, help="samples a row; one is a call of the medium model, 20 of the small one"
     )
-    parser.add_argument("--models", default="medium,small", help="which of medium, small")
+    parser.add_argument("--models", default=",".join(MODELS), help=f"which of {', '.join(MODELS)}")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"which of {', '.join(WAYS)}")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"which of {', '.join(METHODS)}")
     parser.add_argument(
@@ -404,11 +410,25 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="cachekit-bench-")
     warnings.filterwarnings("ignore")
-    made = record("cpu", options.rounds)
+    made, measured = record("cpu", options.rounds), {}
     for name in options.models.split(","):
         with torch.no_grad():
             made["rows"] = bench(name, options.methods.split(","), options.ways.split(","), options.rounds)
         write(made, options.out, f"overhead-{name}")
+        measured[name] = made["rows"]
+    if {"medium", "medium-int8"} <= set(measured):
+        beside(measured["medium"], measured["medium-int8"])
+
+
+def beside(plain: list[dict[str, Any]], eight: list[dict[str, Any]]) -> None:
+    """Print the ratios of the model in eight bits beside those of the model in float32."""
+    known = {(row["method"], row["way"], row["action"]): row["ratio"] for row in plain}
+    print(f"\n{'eight bits beside float32':<69} {'int8':>8} {'float32':>8} {'of it':>7}")
+    for row in eight:
+        key = row["method"], row["way"], row["action"]
+        if row["method"] != "plain" and key in known:
+            name = f"{row['method']:<28} {row['way']:<30} {row['action']:<9}"
+            print(f"{name} {row['ratio']:>8.4f} {known[key]:>8.4f} {row['ratio'] / known[key]:>7.3f}")
 
 
 if __name__ == "__main__":

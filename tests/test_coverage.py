@@ -9,7 +9,7 @@ import pytest
 import torch
 from specimens import shared
 
-from cachekit.coverage import table, trial
+from cachekit.coverage import table, trial, weights
 from cachekit.diffusers import zoo
 from cachekit.structure import discovery
 from cachekit.structure.leftovers import Surroundings
@@ -19,7 +19,7 @@ SAVED = json.loads((DOCS / "coverage.json").read_text(encoding="utf-8"))
 METHODS = [name for name in trial.METHODS if "guidance" not in name]
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", (*zoo.NAMES, *zoo.FOREIGN))
 def test_nothing_is_lost(name, monkeypatch):
     """Not compiled, which would take half an hour; `make coverage` does that."""
     monkeypatch.setattr(zoo, "specimen", shared)
@@ -30,8 +30,42 @@ def test_nothing_is_lost(name, monkeypatch):
     assert "fails" not in verdicts
 
 
-def test_the_saved_table_is_of_every_class_and_the_page_is_of_it():
-    assert SAVED["compiled"] and set(SAVED["rows"]) >= set(zoo.NAMES)
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", weights.WEIGHTS)
+def test_no_way_of_weights_is_lost(name):
+    if not weights.installed(name):
+        pytest.skip(f"{weights.WEIGHTS[name].package} is not installed")
+    findings = weights.cover(name, ("Wan, eager", "Wan, programs"))
+    saved = SAVED["weights"][name]["methods"]
+    assert [finding.verdict for finding in findings] == [saved[finding.method]["verdict"] for finding in findings]
+    assert len(findings) == 2 and findings[0].verdict == "works"
+
+
+def test_weights_under_which_no_two_steps_are_alike_fail(monkeypatch):
+    def prepare(model):
+        model.proj_out.register_forward_hook(lambda module, args, out: out + torch.rand_like(out))
+
+    monkeypatch.setitem(weights.WEIGHTS, "float32", weights.Weights("torch", prepare))
+    [finding] = weights.cover("float32", ("Wan, eager",))
+    assert finding.verdict == "fails" and "computed and is not the uncached one" in finding.reason
+
+
+def test_weights_that_are_not_installed_are_said_and_not_lost(monkeypatch):
+    monkeypatch.setitem(weights.WEIGHTS, "int8 dynamic", weights.Weights("no-such-package", lambda model: None))
+    assert weights.cover("int8 dynamic") == []
+    now = table.record([], compiled=True, weighed=[trial.Finding("float32", "torch", "Wan, eager", "works")])
+    assert now["missing"] == {"int8 dynamic": "no-such-package"}
+    saved = {**SAVED, "rows": {}, "weights": {"int8 dynamic": SAVED["weights"]["int8 dynamic"]}}
+    assert table.lost(saved, now) == []
+    assert "- int8 dynamic: no-such-package was not installed" in table.markdown(now)
+    monkeypatch.undo()
+    assert table.lost(saved, {**now, "missing": {}}) != []
+
+
+def test_the_saved_table_is_of_all_and_the_page_is_of_it():
+    assert SAVED["compiled"] and set(SAVED["rows"]) >= {*zoo.NAMES, *zoo.FOREIGN}
+    assert set(SAVED["weights"]) == set(weights.WEIGHTS) and not SAVED["missing"]
+    assert {len(row["methods"]) for row in SAVED["weights"].values()} == {len(weights.COLUMNS)}
     assert (DOCS / "coverage.md").read_text(encoding="utf-8") == table.markdown(SAVED)
 
 

@@ -260,6 +260,23 @@ def test_layerwise_casting(name):
     for index in (0, 2):
         assert torch.equal(outputs[index], plain(model, index, name))
         assert not torch.equal(outputs[index], expected(name)[index])
+
+
+@pytest.mark.compiles
+@torch.no_grad()
+def test_layerwise_casting_is_in_no_graph():
+    model = fresh("Wan")
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    step, given = ck.cache(model, MASK), shared("Wan").inputs(0)
+    words = r"(?s)`model` has layerwise casting \(blocks\.0.*and use step\.compile\(\)"
+    with pytest.raises(ck.StructureError, match=words):
+        step.compile(backend="eager").init(6, **given)
+    with pytest.raises(Exception, match=words):
+        take(torch.compile(step, fullgraph=True, backend="eager"), step.init(6, **given), 0, "Wan")
+    regional = step.compile(regional=True, backend="eager")
+    with pytest.warns(UserWarning, match="runs as it is, not compiled"):
+        out, _ = take(regional, regional.init(6, **given), 0, "Wan")
+    assert torch.equal(out, plain(model, 0, "Wan"))
     assert torch.float8_e4m3fn in {parameter.dtype for parameter in model.parameters()}
 
 

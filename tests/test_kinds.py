@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -247,6 +248,46 @@ def kinds(model: nn.Module) -> dict[str, str]:
 def test_modules_are_what_they_do(core, layer, inner, deep, gated):
     model = Model(core, layer, inner=inner, deep=deep, gated=gated).eval()
     assert kinds(model) == {"own": "spatial", "cross": "cross", "feed": "mlp"}
+
+
+def test_what_an_attention_returns_beside_its_tokens_is_made_known_as_the_message_says():
+    @dataclasses.dataclass
+    class Notes:
+        mean: Tensor
+
+    class Noted(Attention):
+        def forward(self, x, text=None):
+            """The same shape, and what nobody reads."""
+            out = super().forward(x, text)
+            return out, Notes(out.mean())
+
+    class Layer(Block):
+        def forward(self, x, text, condition):
+            """New tokens."""
+            x = x + self.own(x)[0]
+            x = x + self.cross(x, text)[0]
+            return x + self.feed(x)
+
+    model = Model("torch's", "plain", inner=False, deep=False, gated=False).eval()
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = layer = Layer("torch's", "plain", inner=False, deep=False, gated=False)
+        layer.own, layer.cross = (Noted("torch's", "plain", inner=False) for _ in range(2))
+        layer.feed = block.feed
+    model.eval()
+    policy = ck.pyramid_attention_broadcast(2, cross=2, spatial_range=(-1, 1001), cross_range=(-1, 1001))
+    times = [900.0 - 100 * n for n in range(STEPS)]
+    with torch.no_grad():
+        with pytest.raises(ck.StructureError, match=r"of class Notes.*register_dataclass\(Notes\)") as refused:
+            ck.cache(model, policy).init(times, *feed())
+        assert "Name modules" not in str(refused.value)
+        torch.utils._pytree.register_dataclass(Notes)
+        step = ck.cache(model, policy)
+        assert {site.name: site.modules for site in step.explain(times, *feed()).sites} == {
+            "spatial: blocks.*.own": 2,
+            "cross: blocks.*.cross": 2,
+        }
+        out, _ = step(step.init(times, *feed()), *feed())
+        assert torch.equal(out, model(*feed()))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -192,6 +192,44 @@ def test_trajectories_on_one_step_never_touch(way):
         assert same(states[seed], alone[seed][1])
 
 
+KEPT = [("chain", "programs"), ("chain", "graph"), ("output", "programs")]
+
+
+class Keeping(dit.DiT):
+    """Looks at the first text that it is given, until it is told to forget it: as speech models keep their letters."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth=depth)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """Velocity [B, S, C]."""
+        if self.kept is None:
+            self.kept = text * 2
+        return super().forward(x, t, self.kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sites", "way"),  # of what a forward writes within a condition torch makes no graph
+    [("chain", "eager"), *(pytest.param(*cell, marks=pytest.mark.compiles) for cell in KEPT)],
+)
+def test_a_trajectory_begins_with_what_the_model_has_and_not_with_what_is_left_of_another(sites, way):
+    torch.manual_seed(0)
+    model = Keeping(2)
+    step, init = ways(ck.cache(model, ck.step_mask([1, 1, 0], sites=sites)))[way]
+    state = None
+    for seed, like in ((0, False), (1, False), (2, True)):
+        wanted = [model(*feed(index, seed=seed)) for index in range(2)]
+        model.kept = None
+        state = step.init_like(state) if like and way != "graph" else init(3, *feed(0, seed=seed))
+        for index in range(2):
+            out, state = step(state, *feed(index, seed=seed))
+            torch.testing.assert_close(out, wanted[index])
+        _, state = step(state, *feed(2, seed=seed))
+        assert model.kept is None, "a step writes to its own copy of the model"
+
+
 @torch.no_grad()
 @WAYS
 def test_old_states_stay_valid(way):

@@ -39,7 +39,8 @@ _ONE_A_KIND_OF_FILE = "|".join(
 )
 
 FAST: dict[str, str] = {
-    "test_coverage.py::test_nothing_is_lost": _ONE_OF_TEN,
+    "test_coverage.py::test_nothing_is_lost": rf"{_ONE_OF_TEN}|^(F5DiT|XTransformers)$",
+    "test_coverage.py::test_no_way_of_weights_is_lost": r"^int8 (weight|dyn)",
     "test_exactness.py": _ONE_OF_TEN,
     "test_output.py::test_every_class_of_the_zoo": _ONE_OF_TEN,
     "test_module_parity.py::test_all_attention_that_diffusers_knows_is_found": _ONE_OF_TEN,

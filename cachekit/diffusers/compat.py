@@ -35,9 +35,8 @@ def uncompilable(model: nn.Module) -> str | None:
         if "layerwise_casting" in name:
             return (
                 f"`model` has layerwise casting ({where} has the hook {name!r}), which puts new weights into a layer "
-                "around every call, and no graph can hold that. Run the step as it is, or with "
-                "step.compile(regional=True), which leaves such layers out of its graphs; or quantise the weights, "
-                "e.g. with torchao's Float8WeightOnlyConfig, and use step.compile()."
+                "around every call, and no graph can hold that. Run the step as it is, or quantise the weights "
+                "instead, e.g. with torchao's Float8WeightOnlyConfig, and use step.compile()."
             )
     return None
 

@@ -24,8 +24,8 @@ KINDS = ("spatial", "temporal", "cross", "mlp")
 DENOISED = -1
 """The label of whatever was computed from the first argument of the model's forward; the others count down."""
 
-NUMBER = re.compile(r"\b\d+\b")
-"""A number in a name of a module."""
+NUMBER = re.compile(r"\b(\d+)\b")
+"""A number in the name of a module."""
 
 
 class TensorSpec(NamedTuple):
