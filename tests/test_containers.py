@@ -254,8 +254,8 @@ PARTS = {  # what taylorseer finds, where it is not blocks.*.attn and blocks.*.f
     },
     "one beside a list": {"spatial: before.attn", "mlp: before.ff", "spatial: blocks.*.attn", "mlp: blocks.*.ff"},
     "one several times": {"spatial: block.attn", "spatial: block.attn#*", "mlp: block.ff", "mlp: block.ff#*"},
-    "pairs, summed inside": {"spatial: layers.*.*.inner", "mlp: layers.*.*.inner"},
-    "pairs, summed outside": {"spatial: layers.*.*", "mlp: layers.*.*"},
+    "pairs, summed inside": {"spatial: layers.*.0.inner", "mlp: layers.*.1.inner"},
+    "pairs, summed outside": {"spatial: layers.*.0", "mlp: layers.*.1"},
     "parts called": {"spatial: layers.*.attn", "mlp: layers.*.ff"},
 }
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from specimens import shared
+from specimens import shallow, shared
 from test_containers import POLICIES, STEPS
 from tiers import covering
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class Eight(Tensor):
 
 def quantised(name: str) -> nn.Module:
     """A model of the zoo with such weights in its linear layers."""
-    model = copy.deepcopy(shared(name).model).requires_grad_(False).eval()
+    model = shallow(name).model.requires_grad_(False).eval()
     for module in model.modules():
         if type(module) is nn.Linear:
             scale = module.weight.abs().amax(1, keepdim=True) / 127
@@ -114,7 +113,7 @@ def test_one_graph_says_what_works_instead(policy):
 
 
 def test_a_model_that_is_quantised_after_an_init_is_another_one():
-    model = copy.deepcopy(shared("Wan").model).requires_grad_(False).eval()
+    model = shallow("Wan").model.requires_grad_(False).eval()
     step = ck.cache(model, POLICIES["mask"][1])
     step.init(STEPS, **shared("Wan").inputs(0), return_dict=False)
     other = quantised("Wan")
