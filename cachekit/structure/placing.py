@@ -192,7 +192,11 @@ def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
         if part.kind:
             candidates.setdefault(part.kind, []).append(part.call.path)
     shown = "; ".join(f"{kind}: {', '.join(alike(dict.fromkeys(names)))}" for kind, names in candidates.items())
-    skipped = f" Left to run: {'; '.join(left)}." if left else ""
+    why: dict[str, list[str]] = {}
+    for name, _, reason in (each.partition(": ") for each in left):
+        why.setdefault(reason, []).append(name)
+    listed = "; ".join(f"{', '.join(alike(names))}: {reason}" for reason, names in why.items())
+    skipped = f" Left to run: {listed}." if left else ""
     # A module that is found and cannot be left out is none the more so by its name.
     advice = (
         ' sites="output" leaves out the model as a whole.'

@@ -115,7 +115,7 @@ def list_name(path: str) -> str:
 
 def lists_of(paths: Iterable[str]) -> str:
     """The lists that blocks stand in, for messages."""
-    return ", ".join(dict.fromkeys(list_name(path) for path in paths)) or "none"
+    return ", ".join(alike(dict.fromkeys(list_name(path) for path in paths))) or "none"
 
 
 def alike(names: Iterable[str]) -> dict[str, list[str]]:
