@@ -139,7 +139,7 @@ def test_an_object_is_carried_as_it_is_or_refused_by_name(beside, policy):
 def test_a_part_that_returns_an_object_runs_in_every_step_and_explain_says_why():
     text = str(ck.cache(Model("attention"), ck.taylorseer(2, warmup=1)).explain(STEPS, feed(0)))
     assert "blocks.0.attn: it returns an object of class Held, for which nothing can stand" in text
-    with pytest.raises(ck.StructureError, match=r"blocks\.0\.attn: it returns an object of class Held"):
+    with pytest.raises(ck.StructureError, match=r"blocks\.\*\.attn: it returns an object of class Held"):
         run(ck.cache(Model("attention"), ck.pyramid_attention_broadcast(2, spatial_range=(-1, 1001))))
 
 

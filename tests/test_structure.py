@@ -195,7 +195,8 @@ def test_ambiguous_streams_are_refused_until_they_are_stated():
     model = dit.dit("ambiguous")
     step = ck.cache(model, ck.step_mask(MASK))
     with pytest.raises(
-        ck.StructureError, match=r"no block continues .*state it: cachekit\.Chain\('blocks\.0', {0: 0}\), and so on"
+        ck.StructureError,
+        match=r"no block is known to continue .*state it: cachekit\.Chain\('blocks\.0', {0: 0}\), and so on",
     ):
         step.init(STEPS, *feed(0))
     chains = [ck.Chain([f"blocks.{i}"], {0: 0}) for i in range(4)]

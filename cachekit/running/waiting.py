@@ -157,8 +157,9 @@ class _Trial(fx.Interpreter):
 
 def _stand_in(node: fx.Node) -> Tensor:
     """A tensor without values like the one of a node."""
-    like = _example(node)
-    if type(like) not in (FakeTensor, Tensor, nn.Parameter):
+    like, argument = _example(node), node.meta.get("grapharg")
+    real = like if argument is None else argument.example  # the example of a weight does not always tell its class
+    if not {type(like), type(real)} <= {FakeTensor, Tensor, nn.Parameter}:
         raise TypeError("a tensor of another class, a quantised weight say, for which no plain one can stand")
     if not isinstance(like, Tensor) or not all(isinstance(n, int) for n in (*like.shape, *like.stride())):
         raise TypeError("a size that is not known beforehand")
