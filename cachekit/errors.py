@@ -24,15 +24,8 @@ def check_version(path: object, version: object, known: int) -> None:
 class StructureError(CacheError, RuntimeError):
     """The model does not have, or no longer has, the structure that caching needs."""
 
-
-class ForwardError(StructureError):
-    """The model's forward fails on what it was recorded with; its first argument is how."""
-
-    def __str__(self) -> str:
-        return (
-            f"The model's forward failed on the arguments given to init: {self.args[0]}. Give init the arguments of "
-            "the first real call."
-        )
+    forward: str | None = None
+    """How the model's forward failed when it was recorded, if it did."""
 
 
 class StateError(CacheError, RuntimeError):

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
 from cachekit.deciders._decider import ratio, trajectory
-from cachekit.errors import ArgumentError, ArgumentTypeError, ForwardError, StateError, StructureError
+from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.explain import Explanation, explanation
 from cachekit.forecasters import Clock
 from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
@@ -182,13 +182,16 @@ class CachedStep(nn.Module):
 
     def _find_half(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
         assert self.policy.guidance is not None
-        args, kwargs = self.policy.guidance.halves(args, kwargs)[1]
+        half, named = self.policy.guidance.halves(args, kwargs)[1]
         try:
-            return self.opened.find(args, kwargs, device)
-        except ForwardError as error:
+            return self.opened.find(half, named, device)
+        except StructureError as error:
+            if error.forward is None:
+                raise
+            self.opened.find(args, kwargs, device)  # says what is wrong with the arguments themselves, if anything is
             raise StructureError(
                 "With batched guidance the model is called, on some steps, with the conditional half of the batch "
-                f"alone, and its forward fails on that: {error.args[0]}. It keeps something of a whole batch from call "
+                f"alone, and its forward fails on that: {error.forward}. It keeps something of a whole batch from call "
                 "to call, or an argument of it has no entry a sample. Use cfg=None: both halves are then computed."
             ) from error
 
@@ -216,6 +219,7 @@ class CachedStep(nn.Module):
         """
         times = trajectory(timesteps)
         found = self._find(args, kwargs, device)
+        self.opened.begin()
         state = self._allocate(found, times)
         self._forms[tuple(state.sites)] = _form_of(state)
         self._begun[state.timesteps] = self.opened.epoch

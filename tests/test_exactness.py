@@ -118,3 +118,4 @@ def test_nothing_is_left_on_the_model(run: Run):
     }
     assert run.now["state_dict"] == list(run.twin.state_dict())
     assert run.now["attributes"] == [list(vars(module)) for module in run.twin.modules()]
+    assert run.now["registries"] == anatomy(run.twin)["registries"]  # the model is shared with tests before this one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 from dit import Reference, feed
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
@@ -228,6 +230,21 @@ def test_a_trajectory_begins_with_what_the_model_has_and_not_with_what_is_left_o
             torch.testing.assert_close(out, wanted[index])
         _, state = step(state, *feed(2, seed=seed))
         assert model.kept is None, "a step writes to its own copy of the model"
+
+
+@pytest.mark.compiles
+@torch.no_grad()
+def test_a_new_trajectory_of_a_patched_forward_that_keeps_something_compiles_nothing():
+    model = Keeping(2)
+    model.forward = functools.partial(Keeping.forward, model)  # as hooks of accelerate do
+    step, graphs = ck.cache(model, ck.step_mask([1, 1, 0])).compile(backend="eager"), []
+    counters.clear()
+    for seed in range(4):
+        state = step.init(3, *feed(0, seed=seed))
+        for index in range(3):
+            _, state = step(state, *feed(index, seed=seed))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == graphs[:1] * 3
 
 
 @torch.no_grad()

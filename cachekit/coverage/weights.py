@@ -190,7 +190,9 @@ def _try(specimen: zoo.Specimen, way: str, uncached: list[list[Tensor]], backend
             init = call.init if isinstance(call, ck.CachedStep) else step.init
             flaw = trial.flaw(*trial.run(call, specimen, init), uncached, alike)
         except Exception as error:  # whatever it is, it belongs in the table and must not end the others
-            refused = _refusal(error) or _broken(specimen, backend)
+            refused = _refusal(error)
+            if not refused and way in ("programs", "one graph"):
+                refused = _broken(specimen, backend)
             return ("refused", refused) if refused else ("fails", f"{policy}: {trial.first_line(error)}")
         if flaw:
             return "fails", f"{policy}: {flaw}"

@@ -149,7 +149,6 @@ class Opened:
                     self._early |= early
                     self._parts |= parts
                     self._build()
-            self._refresh.begin()
             return self._found[signature]
 
     def begin(self) -> None:

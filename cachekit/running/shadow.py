@@ -192,8 +192,8 @@ class Follower:
         for source, target, _ in self._pairs:
             if isinstance(target, Site):
                 take_over(target)
-            elif _strayed(source, target):
-                _copy(source, target)
+            elif _strayed(source, target):  # a patched forward is as it was: a new one would be compiled anew
+                _follow(source, target, _kept(source))
 
     def __call__(self) -> bool:
         """Take over what has changed; whether anything has."""

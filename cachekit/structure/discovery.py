@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from cachekit.errors import CacheError, ForwardError, StructureError
+from cachekit.errors import CacheError, StructureError
 from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
@@ -110,9 +110,12 @@ def discover(
         except CacheError:
             raise
         except Exception as error:
-            raise ForwardError(f"{type(error).__name__}: {error}") from (
-                error if type(error) is not type(fake_error) else fake_error
+            failed = StructureError(
+                f"The model's forward failed on the arguments given to init: {type(error).__name__}: {error}. "
+                "Give init the arguments of the first real call."
             )
+            failed.forward = f"{type(error).__name__}: {error}"
+            raise failed from (error if type(error) is not type(fake_error) else fake_error)
 
 
 class _Uncompiled:

@@ -19,67 +19,65 @@ class AdaLN(nn.Module):
 
     def __init__(self, dim: int = WIDTH, cond: int = SINGLE) -> None:
         super().__init__()
-        self.a_norm, self.s_norm = nn.LayerNorm(dim, elementwise_affine=False), nn.LayerNorm(cond, bias=False)
-        self.s_scale, self.s_bias = nn.Linear(cond, dim), nn.Linear(cond, dim, bias=False)
+        self.plain, self.conditioned = nn.LayerNorm(dim, elementwise_affine=False), nn.LayerNorm(cond, bias=False)
+        self.gain, self.shift = nn.Linear(cond, dim), nn.Linear(cond, dim, bias=False)
 
     def forward(self, a: Tensor, s: Tensor) -> Tensor:
         """[B, N, D], [B, N, S] -> [B, N, D]."""
-        s = self.s_norm(s)
-        return torch.sigmoid(self.s_scale(s)) * self.a_norm(a) + self.s_bias(s)
+        told = self.conditioned(s)
+        return self.plain(a) * self.gain(told).sigmoid() + self.shift(told)
 
 
-class AttentionPairBias(nn.Module):
+class PairBiasedAttention(nn.Module):
     """Attention with a bias from the pairs, and two gates."""
 
     def __init__(self, dim: int = WIDTH) -> None:
         super().__init__()
-        self.adaln, self.proj_q = AdaLN(dim), nn.Linear(dim, dim)
-        self.proj_k, self.proj_v, self.proj_g, self.proj_o = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.proj_z = nn.Sequential(nn.LayerNorm(PAIR), nn.Linear(PAIR, HEADS, bias=False))
-        self.output_projection = nn.Linear(SINGLE, dim)
+        self.norm_in, self.query = AdaLN(dim), nn.Linear(dim, dim)
+        self.key, self.value, self.gate, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.pair_bias = nn.Sequential(nn.LayerNorm(PAIR), nn.Linear(PAIR, HEADS, bias=False))
+        self.last_gate = nn.Linear(SINGLE, dim)
 
     def forward(self, a: Tensor, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """[B, N, D], [B, N, S], [B, N, N, Z], [B, N] -> [B, N, D]."""
-        b = self.adaln(a, s)
-        query, key, value = heads(self.proj_q(b)), heads(self.proj_k(b)), heads(self.proj_v(b))
+        b = self.norm_in(a, s)
+        query, key, value = (heads(each(b)) for each in (self.query, self.key, self.value))
+        gate = self.gate(b).sigmoid()
         weights = torch.einsum("bhid,bhjd->bhij", query, key) / query.shape[-1] ** 0.5
-        weights = weights + self.proj_z(z).movedim(-1, 1) + (1 - mask[:, None, None]) * -1e6
+        weights = weights + self.pair_bias(z).movedim(-1, 1)
+        weights = weights.masked_fill(mask[:, None, None] == 0, -1e4)
         b = merged(torch.einsum("bhij,bhjd->bhid", weights.softmax(-1), value))
-        b = self.proj_o(self.proj_g(b).sigmoid() * b)
-        return torch.sigmoid(self.output_projection(s)) * b
+        return self.out(b * gate) * self.last_gate(s).sigmoid()
 
 
-class ConditionedTransitionBlock(nn.Module):
+class ConditionedTransition(nn.Module):
     """SwiGLU, with a gate from the conditioning."""
 
     def __init__(self, dim: int = WIDTH) -> None:
         super().__init__()
-        self.adaln, self.output_projection = AdaLN(dim), nn.Linear(SINGLE, dim)
-        self.swish_gate = nn.Linear(dim, 4 * dim, bias=False)
-        self.a_to_b, self.b_to_a = nn.Linear(dim, 2 * dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
+        self.norm_in, self.last_gate = AdaLN(dim), nn.Linear(SINGLE, dim)
+        self.wide = nn.Linear(dim, 4 * dim, bias=False)
+        self.beside, self.narrow = nn.Linear(dim, 2 * dim, bias=False), nn.Linear(2 * dim, dim, bias=False)
 
     def forward(self, a: Tensor, s: Tensor) -> Tensor:
         """[B, N, D], [B, N, S] -> [B, N, D]."""
-        a = self.adaln(a, s)
-        x, gate = self.swish_gate(a).chunk(2, -1)
-        b = nn.functional.silu(gate) * x * self.a_to_b(a)
-        return torch.sigmoid(self.output_projection(s)) * self.b_to_a(b)
+        a = self.norm_in(a, s)
+        value, gate = self.wide(a).chunk(2, -1)
+        b = value * nn.functional.silu(gate) * self.beside(a)
+        return self.narrow(b) * self.last_gate(s).sigmoid()
 
 
-class DiffusionTransformerBlock(nn.Module):
+class TokenLayer(nn.Module):
     """Both, one after the other or side by side."""
 
     def __init__(self, parallel: bool) -> None:
         super().__init__()
-        self.pair_bias_attn, self.transition, self.parallel = (
-            AttentionPairBias(),
-            ConditionedTransitionBlock(),
-            parallel,
-        )
+        self.attention, self.transition = PairBiasedAttention(), ConditionedTransition()
+        self.parallel = parallel
 
     def forward(self, a: Tensor, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """[B, N, D], [B, N, S], [B, N, N, Z], [B, N] -> [B, N, D]."""
-        b = self.pair_bias_attn(a, s, z, mask)
+        b = self.attention(a, s, z, mask)
         if self.parallel:
             return a + b + self.transition(a, s)
         a = a + b
@@ -91,31 +89,31 @@ class Transition(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm, self.fc1, self.fc2 = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
-        self.fc3 = nn.Linear(2 * dim, dim, bias=False)
+        self.norm, self.bent, self.straight = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, 2 * dim)
+        self.down = nn.Linear(2 * dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         x = self.norm(x)
-        return self.fc3(nn.functional.silu(self.fc1(x)) * self.fc2(x))
+        return self.down(nn.functional.silu(self.bent(x)) * self.straight(x))
 
 
-class SingleConditioning(nn.Module):
+class Conditioning(nn.Module):
     """The trunk's representation of every token, with the noise level."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm_single, self.single_embed = nn.LayerNorm(20), nn.Linear(20, SINGLE)
-        self.fourier_embed, self.norm_fourier = TimestepEmbedding(16), nn.LayerNorm(16)
-        self.fourier_to_single = nn.Linear(16, SINGLE, bias=False)
+        self.trunk_norm, self.trunk_in = nn.LayerNorm(20), nn.Linear(20, SINGLE)
+        self.time_embed, self.time_norm = TimestepEmbedding(16), nn.LayerNorm(16)
+        self.time_in = nn.Linear(16, SINGLE, bias=False)
         self.transitions = nn.ModuleList(Transition(SINGLE) for _ in range(2))
 
-    def forward(self, times: Tensor, s_trunk: Tensor) -> Tensor:
+    def forward(self, times: Tensor, trunk: Tensor) -> Tensor:
         """[B], [B, N, 20] -> [B, N, S]."""
-        s = self.single_embed(self.norm_single(s_trunk))
-        s = s + self.fourier_to_single(self.norm_fourier(self.fourier_embed(times)))[:, None]
+        s = self.trunk_in(self.trunk_norm(trunk))
+        s = s + self.time_in(self.time_norm(self.time_embed(times)))[:, None]
         for transition in self.transitions:
-            s = transition(s) + s
+            s = s + transition(s)
         return s
 
 
@@ -124,23 +122,23 @@ class TokenTransformer(nn.Module):
 
     def __init__(self, depth: int = 4, *, parallel: bool = False) -> None:
         super().__init__()
-        self.single_conditioner, self.z_embed = SingleConditioning(), nn.Linear(PAIR, PAIR)
-        self.r_to_a, self.s_to_a = nn.Linear(3, WIDTH, bias=False), nn.Linear(SINGLE, WIDTH, bias=False)
-        self.layers = nn.ModuleList(DiffusionTransformerBlock(parallel) for _ in range(depth))
-        self.a_norm, self.a_to_r = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3, bias=False)
+        self.conditioning, self.pair_in = Conditioning(), nn.Linear(PAIR, PAIR)
+        self.embed, self.cond_in = nn.Linear(3, WIDTH, bias=False), nn.Linear(SINGLE, WIDTH, bias=False)
+        self.layers = nn.ModuleList(TokenLayer(parallel) for _ in range(depth))
+        self.norm_out, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3, bias=False)
 
-    def forward(self, r_noisy: Tensor, times: Tensor, s_trunk: Tensor, z_trunk: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, times: Tensor, trunk: Tensor, pairs: Tensor, mask: Tensor) -> Tensor:
         """[B, N, 3], [B], [B, N, 20], [B, N, N, Z], [B, N] -> [B, N, 3]."""
-        s, z = self.single_conditioner(times, s_trunk), self.z_embed(z_trunk)
-        a = self.r_to_a(r_noisy) + self.s_to_a(s)
+        s, z = self.conditioning(times, trunk), self.pair_in(pairs)
+        a = self.embed(noisy) + self.cond_in(s)
         for layer in self.layers:
             a = layer(a, s, z, mask)
-        return self.a_to_r(self.a_norm(a))
+        return self.head(self.norm_out(a))
 
 
 @recipe("TokenTransformer", TokenTransformer)
 def _token_transformer(cls: Any, draw: Draw) -> Built:
     mask = torch.ones(BATCH, 16)
     mask[1:, -2:] = 0
-    fixed = {"s_trunk": draw(BATCH, 16, 20), "z_trunk": draw(BATCH, 16, 16, PAIR), "mask": mask}
-    return cls(), Feed({"r_noisy": draw(BATCH, 16, 3)}, fixed, clock=1.0, time="times")
+    fixed = {"trunk": draw(BATCH, 16, 20), "pairs": draw(BATCH, 16, 16, PAIR), "mask": mask}
+    return cls(), Feed({"noisy": draw(BATCH, 16, 3)}, fixed, clock=1.0, time="times")

@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
         return self.ff(x)
 
 
-class GRN(nn.Module):
+class ResponseNorm(nn.Module):
     """Every channel against all others, by its norm over the sequence."""
 
     def __init__(self, width: int) -> None:
@@ -56,19 +56,19 @@ class GRN(nn.Module):
         return self.gamma * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.beta + x
 
 
-class ConvNeXtV2Block(nn.Module):
+class LetterBlock(nn.Module):
     """A convolution over the letters and two products."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv1d(width, width, 7, padding=3, groups=width)
-        self.norm, self.act, self.grn = nn.LayerNorm(width), nn.GELU(), GRN(2 * width)
-        self.pwconv1, self.pwconv2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.along = nn.Conv1d(width, width, 7, padding=3, groups=width)
+        self.norm, self.act, self.response = nn.LayerNorm(width), nn.GELU(), ResponseNorm(2 * width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
-        out = self.norm(self.dwconv(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.pwconv2(self.grn(self.act(self.pwconv1(out))))
+        out = self.norm(self.along(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.down(self.response(self.act(self.up(out))))
 
 
 class TextEmbedding(nn.Module):
@@ -79,7 +79,7 @@ class TextEmbedding(nn.Module):
     def __init__(self, width: int, layers: int = 0) -> None:
         super().__init__()
         self.text_embed = nn.Embedding(LETTERS + 1, width)
-        self.text_blocks = nn.Sequential(*(ConvNeXtV2Block(width) for _ in range(layers)))
+        self.text_blocks = nn.Sequential(*(LetterBlock(width) for _ in range(layers)))
         self.register_buffer("positions", torch.cat(rotary(64, width), -1), persistent=False)
 
     def forward(self, text: Tensor, length: int, drop_text: bool = False) -> Tensor:

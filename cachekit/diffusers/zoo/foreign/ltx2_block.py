@@ -15,16 +15,16 @@ Turn = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class TransformerArgs:
+class Modality:
     """All that the blocks are given of one modality."""
 
     x: Tensor  # [B, L, D]
     context: Tensor  # [B, S, D]
-    context_mask: Tensor | None
+    text_mask: Tensor | None
     timesteps: Tensor  # [B, 1, 9 D]: shifts, scales and gates
-    embedded_timestep: Tensor  # [B, 1, D]
-    positional_embeddings: Turn
-    cross_positional_embeddings: Turn
+    time: Tensor  # [B, 1, D]
+    turn: Turn
+    shared_turn: Turn
     enabled: bool = True
 
 
@@ -74,7 +74,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class AVTransformerBlock(nn.Module):
+class Layer(nn.Module):
     """Each modality to itself, to its text, to the other one, and through a network of its own."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class AVTransformerBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(9, VIDEO) / VIDEO**0.5)
         self.audio_scale_shift_table = nn.Parameter(torch.randn(9, AUDIO) / AUDIO**0.5)
 
-    def forward(self, video: TransformerArgs, audio: TransformerArgs) -> tuple[TransformerArgs, TransformerArgs]:
+    def forward(self, video: Modality, audio: Modality) -> tuple[Modality, Modality]:
         """The same objects with new tokens."""
         by_video, by_audio = values(self.scale_shift_table, video), values(self.audio_scale_shift_table, audio)
         vx, ax = video.x, audio.x
@@ -96,7 +96,7 @@ class AVTransformerBlock(nn.Module):
             ax = alone(self.audio_attn1, self.audio_attn2, ax, audio, by_audio)
         if video.enabled and audio.enabled:
             vx_norm, ax_norm = rms_norm(vx), rms_norm(ax)
-            v_pe, a_pe = video.cross_positional_embeddings, audio.cross_positional_embeddings
+            v_pe, a_pe = video.shared_turn, audio.shared_turn
             listens = vx_norm * (1 + by_video[3]) + by_video[4]
             vx = vx + self.audio_to_video_attn(listens, context=ax_norm, pe=v_pe, k_pe=a_pe) * by_video[5]
             looks = ax_norm * (1 + by_audio[3]) + by_audio[4]
@@ -108,13 +108,13 @@ class AVTransformerBlock(nn.Module):
         return replace(video, x=vx), replace(audio, x=ax)
 
 
-def values(table: Tensor, args: TransformerArgs) -> tuple[Tensor, ...]:
+def values(table: Tensor, args: Modality) -> tuple[Tensor, ...]:
     """Shifts, scales and gates of a block."""
     return (table + args.timesteps.unflatten(-1, table.shape)).unbind(2)
 
 
-def alone(own: nn.Module, text: nn.Module, x: Tensor, args: TransformerArgs, by_time: tuple[Tensor, ...]) -> Tensor:
+def alone(own: nn.Module, text: nn.Module, x: Tensor, args: Modality, by_time: tuple[Tensor, ...]) -> Tensor:
     """What needs no other modality."""
     shift, scale, gate = by_time[:3]
-    x = x + own(rms_norm(x) * (1 + scale) + shift, pe=args.positional_embeddings) * gate
-    return x + text(rms_norm(x), context=args.context, mask=args.context_mask)
+    x = x + own(rms_norm(x) * (1 + scale) + shift, pe=args.turn) * gate
+    return x + text(rms_norm(x), context=args.context, mask=args.text_mask)

@@ -27,11 +27,13 @@ class AdaptiveLayerNorm(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.ln, self.to_gamma = nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.to_gain = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, *, condition: Tensor) -> Tensor:
         """[B, L, D], [B, 1, D] -> [B, L, D]."""
-        return self.ln(x) * (self.to_gamma(condition) + 1.0)
+        gain = 1 + self.to_gain(condition)
+        return gain * self.norm(x)
 
 
 class AdaptiveLayerScale(nn.Module):
@@ -39,11 +41,11 @@ class AdaptiveLayerScale(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.to_gamma = nn.Linear(width, width)
+        self.to_gate = nn.Linear(width, width)
 
     def forward(self, x: Tensor, *, condition: Tensor) -> Tensor:
         """[B, L, D], [B, 1, D] -> [B, L, D]."""
-        return x * self.to_gamma(condition).sigmoid()
+        return x * self.to_gate(condition).sigmoid()
 
 
 class Attention(nn.Module):
