@@ -54,7 +54,7 @@ def test_weights_that_are_not_installed_are_said_and_not_lost(monkeypatch):
     monkeypatch.setitem(weights.WEIGHTS, "int8 dynamic", weights.Weights("no-such-package", lambda model: None))
     assert weights.cover("int8 dynamic") == []
     now = table.record([], compiled=True, weighed=[trial.Finding("float32", "torch", "Wan, eager", "works")])
-    assert now["missing"] == {"int8 dynamic": "no-such-package"}
+    assert now["missing"]["int8 dynamic"] == "no-such-package"
     saved = {**SAVED, "rows": {}, "weights": {"int8 dynamic": SAVED["weights"]["int8 dynamic"]}}
     assert table.lost(saved, now) == []
     assert "- int8 dynamic: no-such-package was not installed" in table.markdown(now)
