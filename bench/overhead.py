@@ -44,9 +44,10 @@ STEPS = 1000  # a row that reaches the end starts again
 TIMES = [950.0] + [500.0] * (STEPS - 1)  # the first outside, the others inside of every range of timesteps
 WAYS = ("hooks", "eager", "eager fused", "regional", "programs", "one graph")
 """`hooks`: those of diffusers, compiled. `eager fused`: what the policy computes compiled, the model as it is."""
+MEDIUM = {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64}
 MODELS = {
-    "medium": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
-    "medium-int8": {"layers": 3, "singles": 5, "heads": 6, "width": 64, "image": 256, "text": 64},
+    "medium": MEDIUM,
+    "medium-int8": MEDIUM,
     "small": {"layers": 2, "singles": 4, "heads": 2, "width": 8, "image": 4, "text": 4},
 }
 

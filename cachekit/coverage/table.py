@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ def _covered(cover: Callable[[str], list[Finding]], name: str) -> tuple[str, lis
     return name, cover(name)
 
 
-def record(findings: Iterable[Finding], *, compiled: bool, weighed: Iterable[Finding] = ()) -> dict[str, Any]:
+def record(findings: Iterable[Finding], *, compiled: bool, weighed: Sequence[Finding] = ()) -> dict[str, Any]:
     """All that was found, as plain values.
 
     Args:

@@ -208,7 +208,8 @@ class Follower:
                 if isinstance(target, Site):
                     take_over(target)
                 else:
-                    _copy(source, target)
+                    _follow(source, target, _kept(source))
+                    _patch(source, target)
                 self._pairs[n] = (source, target, now)
                 changed = True
         return changed
@@ -223,11 +224,6 @@ def _strayed(source: nn.Module, target: nn.Module) -> bool:
     """Whether a copy has other attributes than its original."""
     kept, theirs, ours = _kept(source), source.__dict__, target.__dict__
     return any(ours.get(name, kept) is not theirs.get(name, kept) for name in {*ours, *theirs} - kept)
-
-
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    _follow(source, target, _kept(source))
-    _patch(source, target)
 
 
 def _follow(source: nn.Module, target: nn.Module, kept: Iterable[str]) -> None:
