@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -165,6 +166,7 @@ class CachedStep(nn.Module):
         # The shadow holds the parameters of the model under their own names.
         self.shadow = self.opened.shadow
         self._programs = programs
+        self._compiled_with: dict[str, Any] | None = None
         self._forms: dict[tuple[str, ...], Any] = {}
         self._known: _Trajectory | None = None
         self._begun = WeakIdKeyDictionary()  # timesteps of a trajectory begun here -> epoch of the modules
@@ -580,7 +582,24 @@ class CachedStep(nn.Module):
         )
         made.opened.layouts.update(self.opened.layouts)
         made._forms.update(self._forms)
+        made._compiled_with = {"regional": regional, **torch_compile_kwargs}
         return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CachedStep:
+        """The same step of a copy of the model, compiled if this one is. Begin with its own `init`."""
+        model = copy.deepcopy(self.opened.original, memo)
+        made = CachedStep(model, self.policy, self.structure, donate=self.donate)
+        if self._compiled_with is not None:
+            made = made.compile(**self._compiled_with)
+        made.training = self.training
+        return memo.setdefault(id(self), made)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentTypeError(
+            "A cached step cannot be pickled or copied without its model: its policy holds functions. Save the weights "
+            "of the model, and its states with torch.save, and make the step again with cachekit.cache; for a step of "
+            "a copy of the model use copy.deepcopy."
+        )
 
     def export(self, path, state: State, /, *args, **kwargs) -> None:
         """Package the step, decision and all, with AOTInductor. See `cachekit.packaging.export`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import types
 from collections.abc import Callable
 
@@ -173,6 +175,23 @@ def test_a_trajectory_begun_before_a_replacement_does_not_go_on():
     assert torch.equal(out, model(X))
     out, _ = step(step.init_like(state), X)
     assert torch.equal(out, model(X))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_deep_copy_is_a_step_of_a_copy_of_the_model(way):
+    model, step, state = begin(way)
+    other = copy.deepcopy({"step": step, "model": model})
+    twin, its = other["step"].eval(), other["model"]
+    with torch.no_grad():
+        its.out.weight.mul_(2)
+    out, _ = twin(twin.init(6, X), X)
+    assert torch.equal(out, its(X)) and not torch.equal(out, model(X))
+    out, _ = step(state, X)
+    assert torch.equal(out, model(X))
+    assert (twin._programs is None) == (way == "eager")
+    for attempt in (pickle.dumps, copy.copy):
+        with pytest.raises(ck.ArgumentTypeError, match=r"cachekit\.cache; .* copy\.deepcopy"):
+            attempt(step)
 
 
 class Shared(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
@@ -313,3 +314,168 @@ def test_every_method_finds_them_and_computes_what_the_model_does(core, layer):
                     out, state = step(state, *feed(index))
                     assert skips or torch.equal(out, model(*feed(index)))
                 assert all(ck.summary(state).computed) != skips
+
+
+class Learned(nn.Module):
+    """Queries of the module's own ask the tokens, as in a resampler."""
+
+    def __init__(self, *, weights: bool, inside: bool) -> None:
+        super().__init__()
+        self.weights = weights
+        self.queries = nn.Parameter(torch.randn(1, 3, WIDTH))
+        self.ask = Attention("by hand", "plain", inner=False) if inside else nn.MultiheadAttention(WIDTH, 2)
+        self.feed = Feed("plain")
+
+    def forward(self, x, *_):
+        """New tokens."""
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        if isinstance(self.ask, Attention):
+            found = self.ask(queries, x)
+        else:
+            found, _ = self.ask(
+                queries.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1), need_weights=self.weights
+            )
+            found = found.transpose(0, 1)
+        return self.feed(x + found.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("weights", "inside"), [(True, False), (False, False), (False, True)])
+def test_learned_queries_attend_too(weights, inside):
+    model = Model("torch's", "plain", inner=False, deep=False, gated=False)
+    model.blocks = nn.ModuleList(Learned(weights=weights, inside=inside) for _ in range(2))
+    assert kinds(model.eval()) == {"ask": "cross", "feed": "mlp"}
+
+
+class Grouped(nn.Module):
+    """Feed-forward networks side by side, whose weights it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Sequential(nn.GELU())
+
+    def forward(self, x, up, down):
+        """[B, L, D] -> [B, L, D], a network each for every entry of the batch."""
+        return self.act(x @ up) @ down
+
+
+class Experts(nn.Module):
+    """The weights, and what multiplies with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, *shape) / 8) for shape in ((WIDTH, 32), (32, WIDTH)))
+        self.grouped = Grouped()
+
+    def forward(self, x, *_):
+        """New tokens."""
+        return x + self.grouped(x, self.up, self.down)
+
+
+def test_weights_that_a_module_is_given_are_no_queries():
+    model = Model("torch's", "plain", inner=False, deep=False, gated=False)
+    model.blocks = nn.ModuleList(Experts() for _ in range(2))
+    assert kinds(model.eval()) == {"grouped": "mlp"}
+
+
+@torch.library.custom_op("cachekit_tests::turned", mutates_args=())
+def turned(x: Tensor, weight: Tensor) -> Tensor:
+    """A product that shapes do not tell: it returns another layout."""
+    return (x @ weight).transpose(0, 1).clone()
+
+
+@torch.library.custom_op("cachekit_tests::flat", mutates_args=())
+def flat(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """An attention that shapes do not tell, under a name that does not: of tokens without a batch."""
+    return torch.stack([functional.scaled_dot_product_attention(*each) for each in zip(query, key, value, strict=True)])
+
+
+turned.register_fake(lambda x, weight: x.new_empty(x.shape[1], x.shape[0], weight.shape[1]))
+flat.register_fake(lambda query, key, value: torch.empty_like(query))
+
+
+class Wide(nn.Module):
+    """A block of one product with a weight."""
+
+    def __init__(self, layer: str, width: int) -> None:
+        super().__init__()
+        self.up = LAYERS[layer](WIDTH, width) if layer in LAYERS else nn.Linear(WIDTH, WIDTH)
+        self.width, self.turned = width, layer == "turned"
+        self.rest = nn.Parameter(torch.randn(WIDTH, width if self.turned else 1))
+
+    def forward(self, x):
+        """New tokens."""
+        if self.turned:
+            return x + turned(x, self.rest).transpose(0, 1)[..., :WIDTH] * 0.1
+        return x + self.up(x)[..., :WIDTH] * 0.1
+
+
+class Lists(nn.Module):
+    """Two lists one after the other, the second one with the wider layers."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.narrow = nn.ModuleList(Wide("plain", WIDTH) for _ in range(3))
+        self.wide = nn.ModuleList(Wide(layer, 8 * WIDTH) for _ in range(3))
+
+    def forward(self, x, text):
+        """New tokens; after the first list another input joins them."""
+        for block in self.narrow:
+            x = block(x)
+        x = x + text.mean(1, keepdim=True)
+        for block in self.wide:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("layer", ["plain", "four bits", "eight bits", "turned"])
+def test_the_leading_chain_is_weighed_whatever_its_products_are(layer):
+    explained = ck.cache(Lists(layer).eval(), ck.first_block_cache(0.1)).explain(STEPS, *feed())
+    assert explained.leader is not None
+    assert explained.leader.startswith("wide.0..wide.2")
+    by_parameters = "what some of them multiply is not known" in explained.leader
+    assert by_parameters == (layer == "turned")
+
+
+class Flat(nn.Module):
+    """An attention that nothing tells from a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        """The same shape."""
+        return self.out(flat(*self.qkv(x).chunk(3, -1)))
+
+
+class Mixed(nn.Module):
+    """A block with that attention."""
+
+    def __init__(self, *, feeds: bool) -> None:
+        super().__init__()
+        self.own = Flat()
+        self.feed = Feed("plain") if feeds else nn.Identity()
+
+    def forward(self, x, *_):
+        """New tokens."""
+        x = x + self.own(x)
+        return x + self.feed(x)
+
+
+@pytest.mark.parametrize("feeds", [True, False])
+def test_what_is_not_seen_is_said_and_doing_as_told_finds_it(feeds):
+    model = Model("torch's", "plain", inner=False, deep=False, gated=False)
+    model.blocks = nn.ModuleList(Mixed(feeds=feeds) for _ in range(2))
+    said = r"blocks\.\*: no attention is seen, but cachekit_tests::flat, of which nothing is known"
+    if feeds:
+        (left,) = ck.cache(model.eval(), ck.taylorseer(3)).explain(STEPS, *feed()).left
+    else:
+        with pytest.raises(ck.StructureError, match=said) as refused:
+            ck.cache(model.eval(), ck.taylorseer(3)).init(STEPS, *feed())
+        left = str(refused.value)
+    assert re.search(said, left)
+    named = ck.taylorseer(3, sites=(r".*\.own", r".*\.feed") if feeds else (r".*\.own",))
+    explained = ck.cache(model, named).explain(STEPS, *feed())
+    assert sum(site.modules for site in explained.sites) == (4 if feeds else 2)
+    assert not explained.left

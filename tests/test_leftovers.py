@@ -256,9 +256,42 @@ class Memory:
         self.total += x.sum()
 
 
+class Guarded(Memory):
+    """One that cannot be copied, for what it holds."""
+
+    def __init__(self, lock: Any) -> None:
+        super().__init__()
+        self.locks = {"own": [lock]}
+
+    def add(self, x: Tensor) -> None:
+        super().add(x)
+        self.locks["last"] = [x]
+
+
+class Outer(Memory):
+    """One with another one in it, beside what cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.itself, self.lock = Guarded(threading.Lock()), self, threading.Lock()
+
+    def add(self, x: Tensor) -> None:
+        super().add(x)
+        self.itself.inner.add(x)
+
+
+MEMORIES: dict[str, Callable[[], Any]] = {
+    "plain": Memory,
+    "with a lock": lambda: Guarded(threading.Lock()),
+    "with a generator": lambda: Guarded(row for row in ()),
+    "in another one": Outer,
+}
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-def test_an_object_among_the_arguments_is_as_it_was(policy):
-    memory = Memory()
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_an_object_among_the_arguments_is_as_it_was(kind, policy):
+    memory = MEMORIES[kind]()
     step = ck.cache(Model("dict"), POLICIES[policy])
     with torch.no_grad():
         if policy == "output":
@@ -266,7 +299,9 @@ def test_an_object_among_the_arguments_is_as_it_was(policy):
         else:
             with pytest.raises(ck.StructureError, match="writes to its argument"):
                 step.init(STEPS, tokens(), memory)
-    assert not memory.rows and memory.count == 0 and torch.equal(memory.total, torch.zeros(1))
+    for each in (memory, getattr(memory, "inner", memory)):
+        assert not each.rows and each.count == 0 and torch.equal(each.total, torch.zeros(1))
+        assert "last" not in getattr(each, "locks", {})
 
 
 class Headed(Model):

@@ -232,6 +232,26 @@ def test_a_trajectory_begins_with_what_the_model_has_and_not_with_what_is_left_o
         assert model.kept is None, "a step writes to its own copy of the model"
 
 
+@torch.no_grad()
+def test_text_that_a_model_keeps_is_kept_by_branch_and_of_one_trajectory_alone():
+    kept, plain = (zoo.specimen("F5DiT", seed=0) for _ in range(2))
+
+    def given(index, prompt, drop):
+        inputs = kept.inputs(index)
+        return {**inputs, "text": inputs["text"].roll(prompt, 1), "drop_text": drop}
+
+    step = ck.cache(kept.model, ck.step_mask([1, 1, 0]))
+    for prompt in (0, 1):
+        branches = {}
+        for drop in (False, True):
+            branches[drop] = step.init(3, **given(0, prompt, drop), cache=True)
+        for index in range(2):
+            for drop in (False, True):
+                out, branches[drop] = step(branches[drop], **given(index, prompt, drop), cache=True)
+                torch.testing.assert_close(out, plain.model(**given(index, prompt, drop)))
+    assert not kept.model.kept
+
+
 @pytest.mark.compiles
 @torch.no_grad()
 def test_a_new_trajectory_of_a_patched_forward_that_keeps_something_compiles_nothing():

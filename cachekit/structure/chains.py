@@ -226,13 +226,15 @@ def lead(record: Record, maps, chains: Sequence[tuple[int, ...]]) -> tuple[int, 
             "The model has no chain of blocks that a cache could reuse: no block is known to continue one of its "
             f"arguments. Blocks that ran: {lists_of(c.path for c in calls)}.{_statable(record)}{instead(record)}"
         )
+    weighed = [calls[k] for i in denoised for k in chains[i]]
+    unseen = any(not call.flops and (call.kind in record.strange or record.real) for call in weighed)
     cost: dict[str, int] = {}
-    for i in denoised:
-        for k in chains[i]:
-            cost[list_name(calls[k].path)] = cost.get(list_name(calls[k].path), 0) + calls[k].flops
+    for call in weighed:
+        cost[list_name(call.path)] = cost.get(list_name(call.path), 0) + (call.weights if unseen else call.flops)
     main = max(cost, key=lambda name: cost[name])
     leader = next(i for i in denoised if any(list_name(calls[k].path) == main for k in chains[i]))
-    reason = f"{main} holds {cost[main] / max(1, sum(cost.values())):.0%} of the block cost"
+    what = "blocks' parameters (what some of them multiply is not known)" if unseen else "block cost"
+    reason = f"{main} holds {cost[main] / max(1, sum(cost.values())):.0%} of the {what}"
     while True:
         feeding = inputs(chains[leader])
         before = [i for i in denoised if i < leader and feeding & set(chains[i])]

@@ -33,7 +33,7 @@ from cachekit.running.frames import RECORD, REPLAY, Frame, check_reached, framed
 from cachekit.running.shadow import PATCHED, early_paths, stands
 from cachekit.running.sites import EarlySite, run_framed
 from cachekit.structure.alike import Account, Accounts, own_tensors
-from cachekit.structure.forms import PLAIN, tensors_in
+from cachekit.structure.forms import PLAIN, attributes_only, tensors_in
 from cachekit.structure.layout import Layout
 from cachekit.structure.leftovers import Surroundings, check_gone
 from cachekit.structure.modules import module_at, unfused, unwrap
@@ -175,7 +175,7 @@ class Twin:
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
         with FakeCopyMode(mode):
-            self._model: nn.Module = _copy_of(model, memo)
+            self._model: nn.Module = _copied(model, memo)
             self._call = _replaced(lambda value: mode.from_tensor(value, static_shapes=True), args, kwargs, memo)
         for module in [*self._model.modules()]:
             for name, child in module._modules.items():
@@ -382,28 +382,40 @@ def _replaced(
         return pytree.tree_unflatten([_copied(leaf, memo) for leaf in leaves], treespec)
 
 
-def _copy_of(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy; what cannot be copied (a lock, a handle, an operator) is shared with the model."""
-    given = dict(memo)
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception:  # whatever an object in it says to being copied
-        memo.clear()
-        memo.update(given)
-    for module in model.modules():
-        for value in vars(module).values():
-            if not isinstance(value, (Tensor, *PLAIN)) and _copied(value, dict(given)) is value:
-                memo[id(value)] = value
-    return copy.deepcopy(model, memo)
-
-
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(value, (Tensor, *PLAIN)):
+    """A deep copy, in which what cannot be copied (a lock, a generator, a handle, an operator) is what it is."""
+    if id(value) in memo or isinstance(value, PLAIN):
         return memo.get(id(value), value)
+    made = dict(memo)  # what a copy has made when it fails is half made
     try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # a lock, a generator, a handle: what cannot be copied is what it is
-        return value
+        found = copy.deepcopy(value, made)
+    except Exception:  # whatever an object in it says to being copied
+        return _copied_in_part(value, memo)
+    memo.update(made)
+    return found
+
+
+def _copied_in_part(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind is tuple:
+        return tuple(_copied(each, memo) for each in value)
+    if kind is list:
+        found = memo[id(value)] = []
+        found += (_copied(each, memo) for each in value)
+    elif kind is dict:
+        found = memo[id(value)] = {}
+        found.update((key, _copied(each, memo)) for key, each in value.items())
+    elif attributes_only(kind) and _copied_by_attributes(kind):
+        found = memo[id(value)] = object.__new__(kind)
+        vars(found).update((name, _copied(each, memo)) for name, each in vars(value).items())
+    else:
+        found = memo[id(value)] = value
+    return found
+
+
+def _copied_by_attributes(kind: type) -> bool:
+    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+    return plain and not hasattr(kind, "__deepcopy__")
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
@@ -441,6 +453,7 @@ def _record(
         outs=outs,
         treespec=treespec,
         read=frozenset(recorder.read),
+        strange={kind: tuple(names) for kind, names in recorder.strange.items()},
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
         real=None,
     )

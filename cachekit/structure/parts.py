@@ -144,17 +144,24 @@ class Watch:
             operands = [self._of(arg) if isinstance(arg, Tensor) else frozenset() for arg in args[:3]]
             here.pairs.append((operands[0], frozenset().union(*operands[1:])))
             here.weighted |= any(isinstance(tensor, nn.Parameter) for tensor in tensors)
-        elif name in PRODUCTS and all(computed(args[place]) for place in PRODUCTS[name]):
+        elif name in PRODUCTS and self._meet([args[place] for place in PRODUCTS[name]], computed):
             left, right = (args[place] for place in PRODUCTS[name])
             here.pairs.append((self._of(left), self._of(right)))
         else:
             weights = known or multiplies(func, alive, tensors, outputs)
+            # An activation bends one tensor, and a gate another one with it: what takes more may well be an attention.
+            here.attended |= not (weights or native(func)) and len(alive) > 2
         here.weighted |= weights
         linear = name in VIEWS or name in ADDITIONS or (name in LINEAR and len(alive) <= 1)
         said = (each.passed(origins, product=weights, linear=linear) for each in self.running)
         origins = origins.union(*said)
         for output in outputs:
             self._origins[output] = origins
+
+    def _meet(self, operands: Sequence[Tensor], computed: Callable[[Tensor], Any]) -> bool:
+        """Whether both are activations. Learned queries are, too: a module has been given them."""
+        left, right = operands
+        return bool(computed(right) and (computed(left) or self._of(left)))
 
     def _of(self, tensor: Tensor) -> frozenset[Origin]:
         return self._origins.get(tensor) or frozenset()
@@ -196,7 +203,7 @@ def attends(func: Any, computed: Sequence[Tensor], outputs: Sequence[Tensor]) ->
     """
     if FUSED.search(name_of(func)):
         return True
-    if _native(func) or len(computed) < 3 or not outputs:
+    if native(func) or len(computed) < 3 or not outputs:
         return False
     query, key, value = computed[:3]
     heads = query.ndim == key.ndim == value.ndim == 4
@@ -212,7 +219,7 @@ def multiplies(func: Any, computed: Sequence[Tensor], tensors: Sequence[Tensor],
         tensors: all of them.
         outputs: the tensors that it returned.
     """
-    if not computed or not outputs or (_native(func) and "mm" not in name_of(func)):
+    if not computed or not outputs or (native(func) and "mm" not in name_of(func)):
         return False
     given, out = computed[0], outputs[0]
     if given.ndim < 2 or out.ndim < 2:
@@ -223,7 +230,31 @@ def multiplies(func: Any, computed: Sequence[Tensor], tensors: Sequence[Tensor],
     return any(each.numel() * each.element_size() >= least for each in weights) and given.shape[:-1] == out.shape[:-1]
 
 
-def _native(func: Any) -> bool:
+def uncounted(
+    func: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor], computed: Callable[[Tensor], Any]
+) -> int:
+    """The floating-point operations of an operator that torch does not count, as far as shapes tell: 0 of what is no
+    product. Up to 2.14 torch's registry lacks attention on a CPU, and it holds no operator of others.
+
+    Args:
+        func: the operator.
+        tensors: its arguments.
+        outputs: the tensors that it returned.
+        computed: tells a tensor that depends on the model's arguments from a weight.
+    """
+    if native(func) and "mm" not in name_of(func) and not FUSED.search(name_of(func)):
+        return 0  # most are none, and need not be looked at any further
+    alive = [each for each in tensors if computed(each)]
+    if alive and attends(func, alive, outputs):
+        query, key, value = (alive * 3)[:3]
+        # Others put the heads before the sequence or after it, and there are fewer of them.
+        length = key.shape[-2] if native(func) else max(key.shape[1:-1], default=key.shape[0])
+        return 2 * length * query.numel() // query.shape[-1] * (query.shape[-1] + value.shape[-1])
+    return 2 * alive[0].numel() * outputs[0].shape[-1] if multiplies(func, alive, tensors, outputs) else 0
+
+
+def native(func: Any) -> bool:
+    """Whether an operator is one of torch's own."""
     return not isinstance(func, OpOverload) or func.namespace in NATIVE
 
 

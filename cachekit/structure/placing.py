@@ -12,6 +12,7 @@ from cachekit.structure.chains import Chain, chains_of, lead, stream_maps
 from cachekit.structure.layout import ALL, NOTHING, Found, Layout, Like, Output, Span, Stream, Tap
 from cachekit.structure.parts import PARTS, Sites, matches, patterns_of
 from cachekit.structure.record import (
+    KINDS,
     Key,
     Leaf,
     Opaque,
@@ -153,7 +154,8 @@ def _with_parts(found: Found, record: Record, sites: Sites, groups: Sequence[str
         kinds[kind] = (*kinds.get(kind, ()), name)
     if not parts:
         what = f"sites={sites!r}" + (f" of kind {', '.join(groups)}" if groups else "")
-        raise StructureError(_no_part(record, what, left))
+        raise StructureError(_no_part(record, what, left, _strange(record, sites)))
+    left += _strange(record, sites)
     layout = found.layout._replace(parts=parts)
     ordered = tuple(specs[site.name] for site in layout.sites)
     return found._replace(layout=layout, specs=ordered, kinds=kinds, left=tuple(left))
@@ -173,6 +175,24 @@ def _named(parts: Iterable[Part], sites: Sites) -> Iterator[Part]:
             yield part
 
 
+def _strange(record: Record, sites: Sites) -> list[str]:
+    """What is not found in blocks that run operators of others, which may do just that."""
+    if not isinstance(sites, str):
+        return []
+    said = []
+    for kind, operators in record.strange.items():
+        calls = [k for k, call in enumerate(record.calls) if call.kind == kind]
+        found = {part.kind for part in record.parts if (part.block in calls if kind else part.block < 0)}
+        for what, kinds in {"attention": KINDS[:3], "feed-forward network": KINDS[3:]}.items():
+            if {*kinds} <= {*PARTS[sites]} and not found & {*kinds}:
+                name = ", ".join(alike(dict.fromkeys(record.calls[k].path for k in calls))) or "beside the blocks"
+                said.append(
+                    f"{name}: no {what} is seen, but {', '.join(operators)}, of which nothing is known. If it is one, "
+                    "name the module around it with a pattern in `sites`"
+                )
+    return said
+
+
 def _unfit(part: Part) -> str | None:
     """Why the result of a part cannot stand for it."""
     call = part.call
@@ -186,7 +206,7 @@ def _unfit(part: Part) -> str | None:
     return None if kind is None else f"it returns an object of class {kind}, for which nothing can stand{known(kind)}"
 
 
-def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
+def _no_part(record: Record, what: str, left: Sequence[str], strange: Sequence[str] = ()) -> str:
     candidates: dict[str, list[str]] = {}
     for part in record.parts:
         if part.kind:
@@ -206,7 +226,7 @@ def _no_part(record: Record, what: str, left: Sequence[str]) -> str:
     )
     return (
         f"{what} matches no module of the model that can be left out.{skipped} Found inside its blocks: "
-        f"{shown or 'no attention and no feed-forward network'}.{advice}"
+        f"{shown or 'no attention and no feed-forward network'}.{''.join(f' {each}.' for each in strange)}{advice}"
     )
 
 

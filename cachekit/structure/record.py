@@ -73,7 +73,8 @@ class Call(NamedTuple):
     lineage: dict[int, frozenset[Key]]  # output leaf -> arguments it reaches by additions alone
     mutated: dict[Key, int]  # arguments it wrote to, and the token each has after that
     attributes: dict[str, int]  # tensors it left on itself, and the token of each
-    flops: int
+    flops: int  # 0 where its products are not seen
+    weights: int  # how many numbers its parameters and buffers hold
 
 
 class Early(NamedTuple):
@@ -104,6 +105,9 @@ class Record(NamedTuple):
     outs: tuple[Any, ...]  # of the model: Leaf, Const or Opaque, flat
     treespec: Any  # of what the model returns
     read: frozenset[int]  # tokens
+    strange: dict[
+        str, tuple[str, ...]
+    ]  # class of a block -> operators in it that nobody knows: no torch's, no products
     written: str | None  # an argument or buffer of the model that its forward writes to
     real: str | None  # why the forward had to be run for real, or None where fake tensors were enough
 

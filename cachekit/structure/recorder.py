@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
 from cachekit.structure.forms import PLAIN
 from cachekit.structure.numbering import Numbering, Onlooker, address, leaves_of, version_of, written
-from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of
+from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of, native, uncounted
 from cachekit.structure.record import (
     DENOISED,
     Call,
@@ -50,6 +50,10 @@ class Recorder(Onlooker):
         self.read: set[int] = set()
         self.depth = 0
         self.flops = 0
+        self._kind = ""  # of the block that runs
+        self.strange: dict[
+            str, dict[str, None]
+        ] = {}  # kind of a block -> operators of others that it runs, but products
         self.accounts = accounts  # None of a forward that is run for real: every block is run then
         self._watched: Watched | None = None  # the block that runs
         self._tokens = WeakIdKeyDictionary()
@@ -124,12 +128,12 @@ class Recorder(Onlooker):
             elif tensor in self._lineage:
                 del self._lineage[tensor]
         count = flop_registry.get(getattr(func, "_overloadpacket", func))
-        name = name_of(func)
-        if self.depth and count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=out))
-        elif self.depth and name.startswith("_scaled_dot_product"):
-            # Up to 2.14 torch's registry lacks attention on a CPU, and a leader is not to hang on the release.
-            self.flops += int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+        if self.depth:
+            known = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+            operations = known or uncounted(func, inputs, outputs, self.labels)
+            self.flops += operations
+            if not operations and not native(func) and labels:
+                self.strange.setdefault(self._kind, {})[func.name()] = None
         if self._watched is not None:
             self._watched.operator(inputs, outputs, written(func, args, kwargs))
         if self._watch.running:
@@ -161,6 +165,7 @@ class Recorder(Onlooker):
         versions = {key: version_of(value) for key, value in tensors.items()}
         changed = self._changes(given, nodes)
         held, parts = dict(vars(block)), len(self.parts)
+        self._kind = f"{type(site._block).__module__}.{type(site._block).__qualname__}"
         sight = self.accounts.sight(site._block, site._path, args, kwargs) if self.accounts is not None else None
         account = self.accounts.find(site._block, sight) if self.accounts is not None else None
         if account is not None:
@@ -199,7 +204,7 @@ class Recorder(Onlooker):
             Call(
                 path=path,
                 nth=nth,
-                kind=f"{type(site._block).__module__}.{type(site._block).__qualname__}",
+                kind=self._kind,
                 args=nodes,
                 treespec=treespec,
                 outs=tuple(self.node(leaf) for leaf in leaves),
@@ -207,6 +212,7 @@ class Recorder(Onlooker):
                 mutated=mutated,
                 attributes=left,
                 flops=self.flops - before,
+                weights=sum(tensor.numel() for tensor in own_tensors(site._block)),
             )
         )
         return out
@@ -350,6 +356,7 @@ class Recorder(Onlooker):
             mutated=dict.fromkeys([*changed(), *rewritten], 0),
             attributes=dict.fromkeys(attributes, 0),
             flops=0,
+            weights=0,
         )
         self._keep_part(Part(call, kind_of(activity, path, given, out, self._frames), block, written=False))
         return out

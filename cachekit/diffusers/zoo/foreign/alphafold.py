@@ -68,19 +68,15 @@ class ConditionedTransition(nn.Module):
 
 
 class TokenLayer(nn.Module):
-    """Both, one after the other or side by side."""
+    """Both, one after the other."""
 
-    def __init__(self, parallel: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.attention, self.transition = PairBiasedAttention(), ConditionedTransition()
-        self.parallel = parallel
 
     def forward(self, a: Tensor, s: Tensor, z: Tensor, mask: Tensor) -> Tensor:
         """[B, N, D], [B, N, S], [B, N, N, Z], [B, N] -> [B, N, D]."""
-        b = self.attention(a, s, z, mask)
-        if self.parallel:
-            return a + b + self.transition(a, s)
-        a = a + b
+        a = a + self.attention(a, s, z, mask)
         return a + self.transition(a, s)
 
 
@@ -120,11 +116,11 @@ class Conditioning(nn.Module):
 class TokenTransformer(nn.Module):
     """The update of noisy coordinates."""
 
-    def __init__(self, depth: int = 4, *, parallel: bool = False) -> None:
+    def __init__(self, depth: int = 4) -> None:
         super().__init__()
         self.conditioning, self.pair_in = Conditioning(), nn.Linear(PAIR, PAIR)
         self.embed, self.cond_in = nn.Linear(3, WIDTH, bias=False), nn.Linear(SINGLE, WIDTH, bias=False)
-        self.layers = nn.ModuleList(TokenLayer(parallel) for _ in range(depth))
+        self.layers = nn.ModuleList(TokenLayer() for _ in range(depth))
         self.norm_out, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3, bias=False)
 
     def forward(self, noisy: Tensor, times: Tensor, trunk: Tensor, pairs: Tensor, mask: Tensor) -> Tensor:

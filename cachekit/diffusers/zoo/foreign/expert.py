@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cachekit.diffusers.inputs import Draw, Feed
-from cachekit.diffusers.zoo.foreign.layers import HEADS, WIDTH, TimestepEmbedding, heads, merged, rotary, rotate
+from cachekit.diffusers.zoo.foreign.layers import HEADS, WIDTH, heads, merged, rotary, rotate, sinusoid
 from cachekit.diffusers.zoo.specimen import BATCH, Built, recipe
 
 HEAD, ACTION, STATE, HORIZON, PREFIX = WIDTH // HEADS, 7, 6, 12, 10
@@ -80,7 +80,6 @@ class ActionExpert(nn.Module):
     def __init__(self, depth: int = 4) -> None:
         super().__init__()
         self.state_proj, self.action_in_proj = nn.Linear(STATE, WIDTH), nn.Linear(ACTION, WIDTH)
-        self.time_embed = TimestepEmbedding()
         self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.layers, self.norm = nn.ModuleList(DecoderLayer() for _ in range(depth)), RMSNorm()
         self.action_out_proj = nn.Linear(WIDTH, ACTION)
@@ -89,7 +88,7 @@ class ActionExpert(nn.Module):
         self, x_t: Tensor, timestep: Tensor, state: Tensor, prefix_pad_masks: Tensor, past_key_values: list[Any]
     ) -> Tensor:
         """[B, L, actions], [B], [B, state], [B, S], (keys, values) of every layer -> [B, L, actions]."""
-        time = self.time_embed(timestep)[:, None].expand(-1, x_t.shape[1], -1)
+        time = sinusoid(timestep, WIDTH)[:, None].expand(-1, x_t.shape[1], -1)
         x = self.action_time_mlp_in(torch.cat((self.action_in_proj(x_t), time), -1))
         x = self.action_time_mlp_out(functional.silu(x))
         x = torch.cat((self.state_proj(state)[:, None], x), 1)

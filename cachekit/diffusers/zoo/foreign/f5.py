@@ -61,7 +61,7 @@ class F5DiT(nn.Module):
         self.input_embed = InputEmbedding(16)
         self.transformer_blocks = nn.ModuleList(DiTBlock() for _ in range(depth))
         self.norm_out, self.proj_out = AdaLayerNorm(WIDTH, 2), nn.Linear(WIDTH, MELS)
-        self.text_cond: Tensor | None = None
+        self.kept: dict[bool, Tensor] = {}  # encoded text by `drop_text`, of one sample
 
     def forward(
         self,
@@ -77,11 +77,11 @@ class F5DiT(nn.Module):
         """[B, L, mels], the same, [B, letters], [B] or [] -> [B, L, mels]."""
         time = time.repeat(len(x)) if time.ndim == 0 else time
         t = self.time_embed(time)
-        letters = self.text_cond if cache else None
+        letters = self.kept.get(drop_text) if cache else None
         if letters is None:
             letters = self.text_embed(text, x.shape[1], drop_text)
             if cache:
-                self.text_cond = letters
+                self.kept = {**self.kept, drop_text: letters}
         x = self.input_embed(x, cond, letters, drop_audio_cond)
         rope = rotary(x.shape[1], device=x.device)
         for block in self.transformer_blocks:

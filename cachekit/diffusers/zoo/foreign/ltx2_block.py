@@ -25,7 +25,6 @@ class Modality:
     time: Tensor  # [B, 1, D]
     turn: Turn
     shared_turn: Turn
-    enabled: bool = True
 
 
 class Attention(nn.Module):
@@ -89,22 +88,16 @@ class Layer(nn.Module):
     def forward(self, video: Modality, audio: Modality) -> tuple[Modality, Modality]:
         """The same objects with new tokens."""
         by_video, by_audio = values(self.scale_shift_table, video), values(self.audio_scale_shift_table, audio)
-        vx, ax = video.x, audio.x
-        if video.enabled:
-            vx = alone(self.attn1, self.attn2, vx, video, by_video)
-        if audio.enabled:
-            ax = alone(self.audio_attn1, self.audio_attn2, ax, audio, by_audio)
-        if video.enabled and audio.enabled:
-            vx_norm, ax_norm = rms_norm(vx), rms_norm(ax)
-            v_pe, a_pe = video.shared_turn, audio.shared_turn
-            listens = vx_norm * (1 + by_video[3]) + by_video[4]
-            vx = vx + self.audio_to_video_attn(listens, context=ax_norm, pe=v_pe, k_pe=a_pe) * by_video[5]
-            looks = ax_norm * (1 + by_audio[3]) + by_audio[4]
-            ax = ax + self.video_to_audio_attn(looks, context=vx_norm, pe=a_pe, k_pe=v_pe) * by_audio[5]
-        if video.enabled:
-            vx = vx + self.ff(rms_norm(vx) * (1 + by_video[6]) + by_video[7]) * by_video[8]
-        if audio.enabled:
-            ax = ax + self.audio_ff(rms_norm(ax) * (1 + by_audio[6]) + by_audio[7]) * by_audio[8]
+        vx = alone(self.attn1, self.attn2, video.x, video, by_video)
+        ax = alone(self.audio_attn1, self.audio_attn2, audio.x, audio, by_audio)
+        vx_norm, ax_norm = rms_norm(vx), rms_norm(ax)
+        v_pe, a_pe = video.shared_turn, audio.shared_turn
+        listens = vx_norm * (1 + by_video[3]) + by_video[4]
+        vx = vx + self.audio_to_video_attn(listens, context=ax_norm, pe=v_pe, k_pe=a_pe) * by_video[5]
+        looks = ax_norm * (1 + by_audio[3]) + by_audio[4]
+        ax = ax + self.video_to_audio_attn(looks, context=vx_norm, pe=a_pe, k_pe=v_pe) * by_audio[5]
+        vx = vx + self.ff(rms_norm(vx) * (1 + by_video[6]) + by_video[7]) * by_video[8]
+        ax = ax + self.audio_ff(rms_norm(ax) * (1 + by_audio[6]) + by_audio[7]) * by_audio[8]
         return replace(video, x=vx), replace(audio, x=ax)
 
 

@@ -116,11 +116,9 @@ class AttentionLayers(nn.Module):
             self.layers.append(nn.ModuleList([norms, made[kind](), Residual()]))
         self.final_norm = AdaptiveLayerNorm()
 
-    def forward(
-        self, x: Tensor, context: Tensor, context_mask: Tensor | None, condition: Tensor, return_hiddens: bool = False
-    ) -> tuple[Tensor, list[Intermediates]]:
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor | None, condition: Tensor) -> Tensor:
         """[B, L, D], [B, S, C], [B, S], [B, 1, D] -> [B, L, D]."""
-        turn, told = rotary(x.shape[1], device=x.device), []
+        turn = rotary(x.shape[1], device=x.device)
         for kind, layer in zip(self.layer_types, self.layers, strict=True):
             (before, after, last), block, residual_fn = cast(Any, layer)
             x, inner = residual_fn.prepare(x)
@@ -128,11 +126,10 @@ class AttentionLayers(nn.Module):
             given = {"a": {"rotary_pos_emb": turn}, "c": {"context": context, "mask": context_mask}, "f": {}}[kind]
             out = block(x, **given)
             if kind != "f":
-                out, intermediates = out
-                told += [intermediates] if return_hiddens else []
+                out, _ = out
             x = residual_fn(after(out, condition=condition), inner)
             x = x if last is None else last(x)
-        return self.final_norm(x, condition=condition), told
+        return self.final_norm(x, condition=condition)
 
 
 class XTransformers(nn.Module):
@@ -146,7 +143,7 @@ class XTransformers(nn.Module):
     def forward(self, x: Tensor, times: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """[B, L, 8], [B], [B, S, 24], [B, S] -> [B, L, 8]."""
         condition = self.time_embed(times)[:, None]
-        x, _ = self.attn_layers(self.project_in(x), context, context_mask, condition)
+        x = self.attn_layers(self.project_in(x), context, context_mask, condition)
         return self.project_out(x)
 
 
