@@ -4,6 +4,8 @@ Attributes:
     PACKAGE: options of Inductor for a package. In 2.11, no more in 2.13, it plans the memory of both branches of a
         decision by the sizes of the graph around them, and ends with "Start index ... out of bounds" where a branch is
         longer. Without planned reuse the allocator does that work while the package runs.
+    FORGETFUL: whether `torch.cond`, inside one graph, is given attributes of objects as they were before anything was
+        set. So it is in 2.13 and 2.14; not in 2.11 and 2.15.
 """
 
 from __future__ import annotations
@@ -13,3 +15,4 @@ from typing import Any
 import torch
 
 PACKAGE: dict[str, Any] = {"allow_buffer_reuse": False} if torch.__version__ < "2.13" else {}
+FORGETFUL = "2.13" <= torch.__version__ < "2.15"

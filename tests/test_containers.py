@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cachekit as ck
+from cachekit.releases import FORGETFUL
 
 STEPS, DEPTH = 6, 4
 
@@ -628,6 +629,25 @@ def test_what_blocks_keep_in_a_container_is_not_left_out(name, policy):
         ck.cache(model, POLICIES[policy][1]).init(STEPS, *feed(0))
     assert 'sites="output"' in str(refused.value)
     assert not all(check(model, ck.cache(model, POLICIES["parts"][1])))
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_one_graph_of_blocks_that_keep_something_is_right_or_says_why_not(name):
+    model = Kept(name).eval()
+    step = ck.cache(model, POLICIES["parts"][1])
+    wanted, _ = run(step, step.init(STEPS, *feed(0)))
+    graph = torch.compile(step, fullgraph=True, backend="eager")
+    if name == "an attribute" and FORGETFUL:
+        said = r"(?s)blocks\.0 writes to its argument 1 \(Open\), and inside one graph .* Use step\.compile\(\)"
+        with torch.no_grad(), pytest.raises(Exception, match=said):
+            graph(step.init(STEPS, *feed(0)), *feed(0))
+        made = step.compile(backend="eager")
+        outs, _ = run(made, made.init(STEPS, *feed(0)))
+    else:
+        outs, _ = run(graph, step.init(STEPS, *feed(0)))
+    for out, other in zip(outs, wanted, strict=True):
+        torch.testing.assert_close(out, other)
 
 
 class Net(nn.Module):

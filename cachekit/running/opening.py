@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cachekit.errors import ArgumentError, StructureError
+from cachekit.releases import FORGETFUL
 from cachekit.running.regions import Regions
 from cachekit.running.shadow import (
     HOOKS,
@@ -32,6 +33,7 @@ from cachekit.structure.modules import in_two_minds, module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
 from cachekit.structure.reach import Standing, modes
+from cachekit.structure.record import Record
 from cachekit.structure.store import forget, look
 
 
@@ -133,7 +135,6 @@ class Opened:
                     self._found.clear()
             if signature not in self._found:
                 _refuse(self.original)
-                self._barred = _uncompilable(self.original) or _wrapped(self.original)
                 self._refuse_layers(device)
                 paths = block_paths(self.original, self._named)
                 inside = part_paths(self.original, paths, self._sites)
@@ -141,6 +142,9 @@ class Opened:
                 laid_out = lay_out(
                     seen.record, self._front, self._stated, self._sites, self._groups, self._guided, self._recorded
                 )
+                self._barred = _uncompilable(self.original) or _wrapped(self.original)
+                if laid_out.layout.parts or laid_out.layout.spans:
+                    self._barred = self._barred or _forgotten(seen.record)
                 if self._paths and not seen.same(laid_out.layout):
                     raise StructureError(_UNLIKE)
                 found = self._found[signature] = self._register(laid_out)
@@ -286,6 +290,16 @@ def _wrapped(model: nn.Module) -> str | None:
     return (
         f"The weight {found[0]!r} ({type(found[1]).__name__}) cannot enter one graph that decides inside: torch.cond "
         "takes none of a class of its own (torch 2.11 to 2.15). Use step.compile(), where the host decides."
+    )
+
+
+def _forgotten(record: Record) -> str | None:
+    """What a block leaves on an object, which a graph with conditions would forget, and what can be done."""
+    if record.kept is None or not FORGETFUL:
+        return None
+    return (
+        f"{record.kept}, and inside one graph torch {torch.__version__} gives every condition what the object held at "
+        "first, so the numbers would be wrong. Use step.compile(), where the host decides, or torch 2.11 or 2.15."
     )
 
 

@@ -455,6 +455,7 @@ def _record(
         read=frozenset(recorder.read),
         strange={kind: tuple(names) for kind, names in recorder.strange.items()},
         written=next((name for name, (tensor, version) in held.items() if version_of(tensor) != version), None),
+        kept=recorder.kept,
         real=None,
     )
     return found, recorder.closed

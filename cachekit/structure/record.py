@@ -109,6 +109,7 @@ class Record(NamedTuple):
         str, tuple[str, ...]
     ]  # class of a block -> operators in it that nobody knows: no torch's, no products
     written: str | None  # an argument or buffer of the model that its forward writes to
+    kept: str | None  # which block writes to an object that it is given, if one does
     real: str | None  # why the forward had to be run for real, or None where fake tensors were enough
 
 

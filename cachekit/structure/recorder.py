@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import operator
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ class Recorder(Onlooker):
         self._frames = _frames(inputs)
         self._dirty: dict[int, dict[int, int]] = {}  # memory -> tensors that blocks wrote to -> token after that
         self.read: set[int] = set()
+        self.kept: str | None = None
         self.depth = 0
         self.flops = 0
         self._kind = ""  # of the block that runs
@@ -187,6 +189,8 @@ class Recorder(Onlooker):
             self._count += 1
             mutated[key] = self._count
             self.read.add(self._count)
+            if self.kept is None and not isinstance(given[key], (Tensor, list, dict, deque)):
+                self.kept = f"{site._path} writes to its argument {key!r} ({type(given[key]).__name__})"
         leaves, treespec = pytree.tree_flatten(out)
         lineage = {}
         for i, leaf in enumerate(leaves):
