@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import tiers
@@ -53,6 +55,14 @@ def collected(pytestconfig: pytest.Config) -> list[pytest.Item]:
 def recorded() -> dict[str, ck.Trace]:
     """A trace of every flow of a small model."""
     return {flow: ck.Trace.from_state(run(ck.cache(model_of(flow), ck.recording()))[1]) for flow in FLOWS}
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are() -> Iterator[None]:
+    yield
+    if "specimens" in sys.modules:
+        changed = sys.modules["specimens"].changed()
+        assert not changed, f"the test has changed {changed}, which others share: take a model of its own"
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import diffusers
+import specimens
 import torch
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
@@ -45,8 +45,9 @@ def new(name: str, seed: int) -> nn.Module:
     return zoo.specimen(name, seed).model
 
 
-shared = functools.cache(new)
-"""The same transformer at every call, and so what was recorded of it: for tests that change nothing about it."""
+def shared(name: str, seed: int) -> nn.Module:
+    """The same one at every call, for tests that change nothing about it."""
+    return specimens.shared(name, seed).model
 
 
 def piped(
@@ -54,7 +55,7 @@ def piped(
     *,
     batch: int = 1,
     models: dict[str, nn.Module] | None = None,
-    transformer: Callable[[str, int], nn.Module] = new,
+    transformer: Callable[[str, int], nn.Module] = shared,
     **changed: Any,
 ) -> Piped:
     """A pipeline; equal names give equal weights and inputs.
@@ -63,7 +64,8 @@ def piped(
         name: of the maker.
         batch: of the prompts.
         models: transformers by the part of the pipeline.
-        transformer: makes the others from a name of the zoo and a seed.
+        transformer: makes the others from a name of the zoo and a seed; `new` where the test changes something about
+            them.
         **changed: arguments of the call, beside those that it needs.
     """
     kind, components, given = MAKERS[name](zoo.Draw(7), batch)
@@ -84,19 +86,19 @@ def image(piped: Piped, seed: int = 0, **changed: Any) -> Tensor:
 
 def plain(name: str, **how: Any) -> Tensor:
     """What a call returns without any cache."""
-    return image(piped(name, transformer=shared, **how))
+    return image(piped(name, **how))
 
 
 def cached(name: str, policy: Any, **how: Any) -> tuple[Tensor, ckd.Run]:
     """The same under ours."""
-    made = piped(name, transformer=shared, **how)
+    made = piped(name, **how)
     with ckd.cached(made.pipe, policy) as run:
         return image(made), run
 
 
 def hooked(name: str, config: Any, **how: Any) -> Tensor:
     """The same under diffusers' own hooks."""
-    made = piped(name, **how)
+    made = piped(name, transformer=new, **how)
     clock(config, made.pipe)
     with hooks(made.pipe, config):
         return image(made)

@@ -48,7 +48,7 @@ PIPELINES = {
 
 def tiny(kind: type[Any], name: str, **models: Any) -> Any:
     """A pipeline with random weights that takes a prompt as text, and has its embedding from elsewhere."""
-    made = piping.piped(name, models=models)
+    made = piping.piped(name, models=models, transformer=piping.new)
     given = {key: value for key, value in made.given.items() if key not in ("num_inference_steps", "return_dict")}
 
     def call(self: Any, prompt: Any = None, negative_prompt: Any = None, **more: Any) -> Any:

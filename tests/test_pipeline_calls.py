@@ -473,7 +473,7 @@ def test_a_pipeline_without_a_transformer():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_hooks_of_diffusers_own_caches(late):
-    made = piping.piped("flux")
+    made = piping.piped("flux", transformer=piping.new)
     if late:
         run = ckd.enable(made.pipe, ck.first_block_cache(0.1))
     apply_first_block_cache(made.pipe.transformer, FirstBlockCacheConfig())
@@ -535,7 +535,7 @@ def test_a_transformer_is_copied_and_pickled_during_a_call():
 
 
 def test_a_transformer_that_is_left_alone_may_be_group_offloaded():
-    made = piping.piped("wan_two")
+    made = piping.piped("wan_two", transformer=piping.new)
     made.pipe.transformer_2.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     with pytest.raises(ck.StructureError, match="group-offloaded"):
         ckd.enable(made.pipe, ck.step_mask([1, 0] * 4))

@@ -60,7 +60,7 @@ FEATURES: dict[str, tuple[bool, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_pipeline_with(feature, name):
     _, prepare = FEATURES[feature]
-    made = piping.piped(name)
+    made = piping.piped(name, transformer=piping.new)
     prepare(made.pipe)
     plain, held = piping.image(made), made.pipe.transformer
     compiled = feature in ("torch.compile", "compile")
@@ -82,7 +82,7 @@ def check(feature: str, name: str, made: Any, plain: Any, held: Any) -> None:
 
 
 def test_an_adapter_is_added_between_two_calls():
-    made, expected = piping.piped("wan"), piping.piped("wan")
+    made, expected = piping.piped("wan", transformer=piping.new), piping.piped("wan", transformer=piping.new)
     adapter(expected.pipe)
     with ckd.cached(made.pipe, policy()), ckd.cached(expected.pipe, policy()):
         before = piping.image(made)
@@ -93,7 +93,7 @@ def test_an_adapter_is_added_between_two_calls():
 
 
 def test_offloading_is_switched_on_between_two_calls():
-    made = piping.piped("wan")
+    made = piping.piped("wan", transformer=piping.new)
     with ckd.cached(made.pipe, policy()):
         before = piping.image(made)
         made.pipe.enable_model_cpu_offload(device="cpu")
@@ -102,7 +102,7 @@ def test_offloading_is_switched_on_between_two_calls():
 
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
 def test_group_offloading_is_refused_before_anything_runs(offload_type):
-    made = piping.piped("flux")
+    made = piping.piped("flux", transformer=piping.new)
     how = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
     made.pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **how)
     with pytest.raises(ck.StructureError, match="group-offloaded"):
@@ -113,7 +113,7 @@ def test_group_offloading_is_refused_before_anything_runs(offload_type):
 @pytest.mark.parametrize("name", ["flux_control", "flux_adapted"])
 def test_a_picture_that_steers(name):
     """A ControlNet adds to what comes out of the blocks; an IP-Adapter is a part of their attention."""
-    made = piping.piped(name)
+    made = piping.piped(name, transformer=piping.new)
     plain = piping.image(made)
     image, run = piping.cached(name, policy())
     assert 0 < piping.gap(image, plain) < 0.2
@@ -147,7 +147,7 @@ COMPILED = {
 def test_compiled_steps_are_kept_from_call_to_call(name, way):
     made = COMPILED[name]()
     expected, plain = piping.cached(name, made)
-    pipe = piping.piped(name)
+    pipe = piping.piped(name, transformer=piping.new)
     with ckd.cached(pipe.pipe, made, compile={"backend": "eager", "regional": way == "regional"}) as run:
         image = piping.image(pipe)
         with torch._dynamo.config.patch(error_on_recompile=True):
@@ -160,4 +160,4 @@ def test_compiled_steps_are_kept_from_call_to_call(name, way):
 
 def test_compile_takes_arguments_and_nothing_else():
     with pytest.raises(ck.ArgumentTypeError, match="`compile` must be True, False or the arguments"):
-        ckd.enable(piping.piped("flux").pipe, policy(), compile="regional")
+        ckd.enable(piping.piped("flux", transformer=piping.new).pipe, policy(), compile="regional")

@@ -129,7 +129,7 @@ GUIDE: dict[str, tuple[str, int, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("example", GUIDE)
 def test_the_examples_of_the_guide(example):
     name, steps, make = GUIDE[example]
-    made = piping.piped(name, num_inference_steps=steps)
+    made = piping.piped(name, transformer=piping.new, num_inference_steps=steps)
     with ckd.cached(made.pipe, make(made.pipe)) as run:
         ours = piping.image(made)
     plain = piping.image(made)
@@ -184,7 +184,7 @@ def test_every_transformer_has_the_part_of_the_trajectory_that_it_runs():
     assert lengths == [int(state.step) for state in run.states.values()]
     assert lengths[:2] == lengths[0:1] * 2 and sum(lengths[1:3]) == STEPS
     assert piping.gap(piping.hooked("wan_two", mag(), num_inference_steps=STEPS), ours) > TOLERANCE
-    made = piping.piped("wan_two", num_inference_steps=STEPS)
+    made = piping.piped("wan_two", transformer=piping.new, num_inference_steps=STEPS)
     for part, steps in (("transformer", lengths[0]), ("transformer_2", lengths[2])):
         CacheMixin.enable_cache(getattr(made.pipe, part), mag(steps, mag().mag_ratios))
     assert piping.gap(ours, piping.image(made)) <= TOLERANCE
@@ -252,7 +252,7 @@ def test_faster_cache_fails_there_where_guidance_is_two_calls(attention):
 
     with pytest.raises(IndexError):
         piping.hooked("wan", make(), num_inference_steps=STEPS)
-    made = piping.piped("wan", num_inference_steps=STEPS)
+    made = piping.piped("wan", transformer=piping.new, num_inference_steps=STEPS)
     config = make()
     piping.clock(config, made.pipe)
     CacheMixin.enable_cache(made.pipe.transformer, config)
@@ -272,7 +272,7 @@ def test_first_block_cache_never_computes_again_there_where_the_signal_is_no_num
     """A first block that adds nothing: its change is 0 / 0, which is over no threshold."""
 
     def silent() -> piping.Piped:
-        made = piping.piped("flux")
+        made = piping.piped("flux", transformer=piping.new)
         first = made.pipe.transformer.transformer_blocks[0]
         for parameter in (*first.norm1.linear.parameters(), *first.norm1_context.linear.parameters()):
             torch.nn.init.zeros_(parameter)

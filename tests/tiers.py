@@ -116,7 +116,7 @@ FAST: dict[str, str] = {
     "test_native_layers.py::test_compiled_it_is_the_same": r"^EncoderLayer-programs$",
     "test_wrapped.py::test_in_programs_it_is_compiled_again": r"^the blocks-|-parts$",
     "test_containers.py::test_every_policy_works_or_says_what_does": r"-probe$|^(pairs|parts|one|long).*-parts$",
-    "test_containers.py::test_one_graph_of_blocks_that_keep_something_is_right_or_says_why_not": r"^an attribute$|^a list$",
+    "test_containers.py::test_one_graph_of_blocks_that_keep_something_is_right_or_says_why_not": r"^an attr|^a list$",
     "test_containers.py::test_compiled_it_is_the_same": r"^seq.*-mask-prog|nested-probe-one|^val.*-probe-prog",
     "test_quantised.py::test_computed_steps_are_those_of_the_quantised_model": r"^Wan-\w+-eager$|^Flux-probe-programs$",
     "test_quantised.py::test_one_graph_says_what_works_instead": r"^probe$",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -181,14 +182,18 @@ def cover(name: str, columns: tuple[str, ...] = COLUMNS) -> list[Finding]:
 
 
 def _try(specimen: zoo.Specimen, way: str, uncached: list[list[Tensor]], backend: str) -> tuple[str, str]:
-    alike = trial.same if backend == BACKEND or way == "eager" else _close
+    alike, note = trial.same if backend == BACKEND or way == "eager" else _close, ""
     for policy in POLICIES:
         torch._dynamo.reset()
         try:
             step = ck.cache(specimen.model, METHODS[policy].skipping(None))
             call = WAYS[way](step, backend)
             init = call.init if isinstance(call, ck.CachedStep) else step.init
-            flaw = trial.flaw(*trial.run(call, specimen, init), uncached, alike)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                flaw = trial.flaw(*trial.run(call, specimen, init), uncached, alike)
+            uncompiled = (str(each.message) for each in said if "not compiled" in str(each.message))
+            note = next((text.partition(":")[0] for text in uncompiled), note)
         except Exception as error:  # whatever it is, it belongs in the table and must not end the others
             refused = _refusal(error)
             if not refused and way in ("programs", "one graph"):
@@ -196,7 +201,7 @@ def _try(specimen: zoo.Specimen, way: str, uncached: list[list[Tensor]], backend
             return ("refused", refused) if refused else ("fails", f"{policy}: {trial.first_line(error)}")
         if flaw:
             return "fails", f"{policy}: {flaw}"
-    return "works", ""
+    return "works", note
 
 
 def _close(ours: list[Tensor], theirs: list[Tensor]) -> bool:

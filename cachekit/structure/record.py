@@ -130,9 +130,9 @@ def alike(names: Iterable[str]) -> dict[str, list[str]]:
         >>> list(alike(["blocks.0.ff.1", "blocks.1.ff.1", "head"]))
         ['blocks.*.ff.1', 'head']
     """
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        groups.setdefault(NUMBER.sub("*", name), []).append(name)
+        groups.setdefault(tuple(NUMBER.split(name)[::2]), []).append(name)
     return {"".join(map(_common, zip(*map(NUMBER.split, group), strict=True))): group for group in groups.values()}
 
 
