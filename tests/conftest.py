@@ -18,7 +18,11 @@ import cachekit as ck
 # The kernels run on a GPU, or interpreted, in a process of their own: `make test` does that first.
 collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
 
-torch.set_num_threads(int(os.environ.get("CACHEKIT_TEST_THREADS", "1")))
+# Beside a test in another process a second thread does nothing but wait, and waiting takes all of a core: in a script that
+# a test runs, too.
+THREADS = os.environ.get("CACHEKIT_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+os.environ["OMP_NUM_THREADS"] = THREADS
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # To see a test fail is enough for a mutant; nobody reads the smallest counterexample.

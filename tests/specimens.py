@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cachekit.diffusers import zoo
+from cachekit.diffusers.zoo import specimen as make
 
 _shared: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
 
@@ -15,7 +16,7 @@ _shared: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
 @functools.cache
 def shared(name: str, seed: int = 0) -> zoo.Specimen:
     """The same model at every call, and so what was recorded of it: for tests that change nothing about it."""
-    specimen = zoo.specimen(name, seed)
+    specimen = make(name, seed)
     _shared[name, seed] = specimen.model, _changes(specimen.model)
     return specimen
 
@@ -35,7 +36,7 @@ def _changes(model: nn.Module) -> Any:
 
 def shallow(name: str) -> zoo.Specimen:
     """With the first and the last block of every list alone: to compile it takes two thirds of the time."""
-    specimen = zoo.specimen(name)
+    specimen = make(name)
     for child in specimen.model.children():
         if isinstance(child, nn.ModuleList) and len(child) > 2:
             del child[1:-1]

@@ -6,10 +6,10 @@ import torch
 from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specimens import shallow
 from torch._dynamo.backends.common import aot_autograd
 
 import cachekit as ck
-from cachekit.diffusers.zoo import specimen
 from cachekit.running import waiting
 from cachekit.running.waiting import Waiting, arrived, cutting, may_wait
 
@@ -188,7 +188,7 @@ def matmuls(step, sp, mask):
 
 @pytest.mark.parametrize("name", ["Flux", "HunyuanVideo"])
 def test_the_text_half_of_the_probe_is_computed_where_the_rest_is(name, monkeypatch):
-    sp, policy = specimen(name), ck.first_block_cache(1e9)
+    sp, policy = shallow(name), ck.first_block_cache(1e9)
     with torch.no_grad():
         probe, compute, reuse = matmuls(ck.cache(sp.model, policy), sp, (True, False))
         monkeypatch.setattr(waiting, "_movable", lambda probe, own: False)
@@ -199,7 +199,7 @@ def test_the_text_half_of_the_probe_is_computed_where_the_rest_is(name, monkeypa
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_probe_that_keeps_gradients_is_whole():
-    sp = specimen("Flux")
+    sp = shallow("Flux")
     step = ck.cache(sp.model, ck.first_block_cache(1e9))
     compiled = step.compile(backend="eager")
     outs = []
