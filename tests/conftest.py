@@ -18,7 +18,7 @@ import cachekit as ck
 # The kernels run on a GPU, or interpreted, in a process of their own: `make test` does that first.
 collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_kernels.py"]
 
-# Beside a test in another process a second thread only waits, which takes all of a core: in scripts that tests run, too.
+# Beside a test in another process a second thread only waits, which takes all of a core: in scripts of tests, too.
 THREADS = os.environ.get("CACHEKIT_TEST_THREADS", "1")
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS
