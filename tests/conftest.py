@@ -60,12 +60,12 @@ def recorded() -> dict[str, ck.Trace]:
     return {flow: ck.Trace.from_state(run(ck.cache(model_of(flow), ck.recording()))[1]) for flow in FLOWS}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # after each test it would take a tenth of the time
 def _shared_models_stay_as_they_are() -> Iterator[None]:
     yield
     if "specimens" in sys.modules:
         changed = sys.modules["specimens"].changed()
-        assert not changed, f"the test has changed {changed}, which others share: take a model of its own"
+        assert not changed, f"a test has changed {changed}, which others share: take a model of its own"
 
 
 @pytest.fixture(autouse=True)
