@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -127,9 +129,8 @@ def test_all_states_are_of_the_call():
 
 
 def test_more_steps_than_are_known_begin_another_trajectory(monkeypatch):
-    """Where nothing tells the place in the schedule, and the schedule is shorter than the loop."""
-    monkeypatch.setattr(Schedule, "look", lambda self, timestep: None)
-    monkeypatch.setattr(Schedule, "ahead", lambda self, index, component: (900.0, 500.0, 100.0))
+    """Where the schedule is shorter than the loop."""
+    monkeypatch.setattr(Schedule, "_called", lambda self: (900.0, 500.0, 100.0))
     _, run = piping.cached("wan", ck.step_mask([1, 0, 0]))
     computed = (True, False, False, True, False, False, True, False)
     assert [stream.computed for stream in run.summary().streams.values()] == [computed] * 2
@@ -556,3 +557,31 @@ def test_a_scheduler_that_repeats_a_timestep_without_a_word_goes_on():
         piping.image(made)
     (state,) = run.states.values()
     assert ck.MagRatios.from_state(state).steps == len(times)
+
+
+def test_a_pipeline_that_is_deleted_is_gone_whatever_is_kept_of_its_run():
+    made = piping.piped("flux", transformer=piping.new)
+    with ckd.cached(made.pipe, ck.first_block_cache(0.1)) as run:
+        piping.image(made)
+    kept = ckd.enable(made.pipe, ck.first_block_cache(0.1))
+    piping.image(made)
+    first = weakref.ref(made.pipe.transformer)
+    made.pipe.transformer = piping.new("Flux", 3)
+    piping.image(made)
+    gc.collect()
+    assert first() is None, "a transformer that was replaced is let go"
+    second = weakref.ref(made.pipe.transformer)
+    del made
+    gc.collect()
+    assert second() is None
+    assert run.summary().streams and kept.summary().streams
+
+
+def test_a_cache_is_switched_off_without_its_run():
+    made = piping.piped("flux")
+    plain = piping.image(made)
+    ckd.enable(made.pipe, ck.step_mask([1, 0] * 4))
+    assert not torch.equal(piping.image(made), plain)
+    for _ in range(2):
+        ckd.disable(made.pipe)
+        assert torch.equal(piping.image(made), plain)

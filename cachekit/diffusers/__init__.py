@@ -11,6 +11,6 @@ print(run.summary())
 """
 
 from cachekit.diffusers.configs import from_config
-from cachekit.diffusers.runs import Run, cached, enable
+from cachekit.diffusers.runs import Run, cached, disable, enable
 
-__all__ = ["Run", "cached", "enable", "from_config"]
+__all__ = ["Run", "cached", "disable", "enable", "from_config"]

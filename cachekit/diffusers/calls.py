@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cachekit.diffusers.schedules import Schedule, timestep_of
-from cachekit.diffusers.standins import stand_in
+from cachekit.diffusers.schedules import Place, Schedule, timestep_of
+from cachekit.diffusers.standins import stand_in, watched
 from cachekit.methods._planned import check_made_for
 from cachekit.policy import Policy
 from cachekit.state import State, state_bytes
 from cachekit.transform import CachedStep
 
-BOTH, COND, UNCOND = "cond_uncond", "cond", "uncond"
-"""What pipelines call their contexts: both halves of guidance in a batch, or each in a call of its own."""
+BOTH = "cond_uncond"
+"""What pipelines call the context of both halves of guidance in a batch."""
 UNNAMED = "call"
 """The stream of a pipeline that gives no names."""
 
@@ -34,13 +33,21 @@ class Stream:
     step: CachedStep | None = None
     state: State | None = None  # None: not cached, or answered from the state of another stream
     form: Any = None  # of the arguments that the state was made for
-    begun: int | None = None  # place of the state's first step in the schedule
+    begun: Place | None = None  # of the state's first step in the schedule
+    parts: int = 0  # how many trajectories it has begun
     inputs: tuple[tuple, dict[str, Any]] | None = None  # of the last call, while they may be asked for again
     computed: list[bool] = field(default_factory=list)  # one a call
     seconds: float = 0.0  # of all calls
     setup: float = 0.0  # of them, to look at the model and to make states
     cut: tuple[int, int] | None = None  # steps done and steps in all, of a trajectory that was not finished
     bytes: int = 0
+
+    @property
+    def due(self) -> Place | None:
+        """Where its next step is."""
+        if self.begun is None or self.state is None:
+            return None
+        return self.begun._replace(step=self.begun.step + int(self.state.step))
 
     @property
     def recorded(self) -> bool:
@@ -58,6 +65,9 @@ class Call:
         step_of: transformer, policy -> step.
         variant: policy, separate -> the policy for guidance in two calls a step, in a batch, or (None) without.
         separate: whether an earlier call has shown that guidance without names makes two calls a step.
+        scales: of guidance, as the pipeline was given them, by argument.
+        scheduler: the name of the pipeline's scheduler, if it has one.
+        extra: how many timesteps of it earlier calls left over, if that is known.
     """
 
     def __init__(
@@ -70,6 +80,8 @@ class Call:
         *,
         separate: bool,
         scales: Mapping[str, float],
+        scheduler: str | None,
+        extra: int | None,
     ) -> None:
         self.streams: dict[tuple[str, str], Stream] = {}
         self.separate = separate
@@ -82,23 +94,37 @@ class Call:
         self._policy_of = policy_of
         self._step_of = step_of
         self._variant = variant
-        self._schedule = Schedule(pipe)
+        self._scheduler = scheduler
+        self.schedule = Schedule(pipe, scheduler, extra)
+        self._watched: tuple[Any, Any] = (None, None)  # the scheduler, and what stands in for it
         self._named: list[str] = []
-        self._counts: dict[tuple[str, str], tuple[int | None, int]] = {}
-        self._calls: dict[tuple[str, str], int] = {}  # of the first step
+        self._counts: dict[tuple[str, str], tuple[Place, int]] = {}
 
     def end(self) -> None:
         """Free what is remembered; what was logged stays, and what was recorded."""
         self.stand_ins.clear()
+        self._models.clear()
+        self._watched = (None, None)
+        self.schedule.end()
+        self._pipe = None
         for stream in self.streams.values():
             stream.inputs = stream.step = None
             if stream.state is not None and not stream.recorded:
                 stream.state = stream.state._replace(reference=(), sites={})
 
+    def given(self, name: str) -> Any:
+        """What stands in for a transformer, or for the scheduler."""
+        if name != self._scheduler:
+            return self.stand_ins.get(name)
+        scheduler = self.schedule.scheduler
+        if self._watched[0] is not scheduler:
+            self._watched = scheduler, watched(scheduler, self.schedule.is_set, self.schedule.stepped)
+        return self._watched[1]
+
     @property
     def times(self) -> tuple[float, ...]:
         """The whole schedule."""
-        return self._schedule.times
+        return self.schedule.times
 
     def guided(self, component: str) -> str:
         """The streams of the first step of a transformer, cached or not: whether it is guided."""
@@ -118,40 +144,25 @@ class Call:
 
     def _run(self, component: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         context = self._named[-1] if self._named else UNNAMED
-        index, count = self._place(component, context, self._schedule.look(timestep_of(args, kwargs)))
+        place = self.schedule.look(timestep_of(args, kwargs))
+        before, count = self._counts.get((component, context), (None, 0))
+        count = count + 1 if place == before else 1  # calls of a step are told apart by their order
+        self._counts[component, context] = place, count
         name = context if count == 1 else f"{context} {count}"
         started = time.perf_counter()
-        stream, out, computed = self._answer(component, context, name, index, args, kwargs)
+        stream, out, computed = self._answer(component, context, name, place, args, kwargs)
         stream.seconds += time.perf_counter() - started
         stream.computed.append(computed)
         return out
 
-    def _place(self, component: str, context: str, index: int | None) -> tuple[int | None, int]:
-        """The step that a call belongs to, and which of its calls it is.
-
-        Without names, or with one name for several calls, calls of a step are told apart by their order. A scheduler
-        may repeat a timestep without saying that it has gone on: then it has, once there were as many calls as before.
-        """
-        before, count = self._counts.get((component, context), (None, 0))
-        if index is None or before is None or not self._schedule.alike(index, before):
-            if before is not None:
-                self._calls.setdefault((component, context), count)
-            count = 1
-        elif self._schedule.repeats(before) and count >= self._calls.get((component, context), math.inf):
-            index, count = before + 1, 1
-        else:
-            index, count = before, count + 1
-        self._counts[component, context] = index, count
-        return index, count
-
-    def _answer(self, component: str, context: str, name: str, index: int | None, args: tuple, kwargs: dict[str, Any]):
+    def _answer(self, component: str, context: str, name: str, place: Place, args: tuple, kwargs: dict[str, Any]):
         """The stream a call belongs to, what the model returns, and whether it was computed."""
         given = self._policy_of(component, name)
         stream = self.streams.setdefault((component, name), Stream(given))
         if given is None:
             return stream, self._models[component](*args, **kwargs), True
         form = _form(args, kwargs)
-        partner = self._partner(component, context, name, index, form) if given.guidance is not None else None
+        partner = self._partner(component, context, name, place, form) if given.guidance is not None else None
         if partner is not None:
             if not _separate(partner.policy):
                 # Taken for a batch of both halves, it was the first of two calls: compute it again as such. Only the
@@ -159,40 +170,34 @@ class Call:
                 self.separate = True
                 again, partner.state = partner.inputs, None
                 assert again is not None
-                self._advance(component, partner, self._variant(given, True), index, again, partner.form)
+                self._advance(component, partner, self._variant(given, True), place, again, partner.form)
             stream.policy = partner.policy
             out, partner.state = _of(partner.step).uncond(_of(partner.state), *args, **kwargs)
             answered = partner.state.decider
             return stream, out, int(answered.full) == int(answered.last)
         policy = self._fitting(given, context, name, args, kwargs)
-        out = self._advance(component, stream, policy, index, (args, kwargs), form)
+        out = self._advance(component, stream, policy, place, (args, kwargs), form)
         state = _of(stream.state)
         return stream, out, bool(state.computed[int(state.step) - 1])
 
-    def _advance(
-        self, component: str, stream: Stream, policy: Policy, index: int | None, inputs: Any, form: Any
-    ) -> Any:
+    def _advance(self, component: str, stream: Stream, policy: Policy, place: Place, inputs: Any, form: Any) -> Any:
         """A step of a stream, of a new trajectory where this one does not go on."""
         args, kwargs = inputs
         state = stream.state
-        if (
-            state is None
-            or stream.form != form
-            or int(state.step) >= len(state.timesteps)
-            or (index is not None and stream.begun is not None and stream.begun + int(state.step) != index)
-        ):
+        if state is None or stream.form != form or int(state.step) >= len(state.timesteps) or stream.due != place:
             if state is not None and int(state.step) < len(state.timesteps):
                 stream.cut = int(state.step), len(state.timesteps)
             stream.step, stream.policy, stream.form, stream.begun = (
                 self._step_of(component, policy),
                 policy,
                 form,
-                index,
+                place,
             )
+            stream.parts += 1
             started = time.perf_counter()
             used = self.used_with[component] = self._used_with(component)
             check_made_for(policy.made_for, **used)
-            times = self._schedule.ahead(index or 0, component)
+            times = self.schedule.ahead(place, component)
             state = stream.step.init(times or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
             stream.setup += time.perf_counter() - started
@@ -202,10 +207,11 @@ class Call:
         stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
         return out
 
-    def _partner(self, component: str, context: str, name: str, index: int | None, form: Any) -> Stream | None:
+    def _partner(self, component: str, context: str, name: str, place: Place, form: Any) -> Stream | None:
         """The conditional stream that this unconditional call is answered from, if it is one and that one came."""
-        if (context, name) == (UNCOND, UNCOND):
-            partner = self.streams.get((component, COND))
+        if context == name and context != UNNAMED and _unconditional(context):
+            named = (other for of, other in self.streams if of == component and _conditional(other))
+            partner = self.streams.get((component, next(named, "")))
         elif (context, name) == (UNNAMED, f"{UNNAMED} 2"):
             partner = self.streams.get((component, UNNAMED))
             # What is called beside a batch of both halves has another batch.
@@ -216,7 +222,7 @@ class Call:
         if partner is None or partner.state is None or partner.policy is None or partner.policy.guidance is None:
             return None
         done = int(partner.state.step) - 1
-        if index is not None and partner.begun is not None and partner.begun + done != index:
+        if partner.due != place._replace(step=place.step + 1):
             return None
         if _separate(partner.policy):
             return partner if int(partner.state.decider.last) < done else None
@@ -236,12 +242,12 @@ class Call:
                 return self._variant(policy, False)
             # Without guidance a batch has no halves; where that is not known it may be the first of two calls.
             return self._variant(policy, None if name == BOTH or guided is False else True)
-        return self._variant(policy, True if name in (COND, UNNAMED) else None)
+        return self._variant(policy, True if name == UNNAMED or _conditional(name) else None)
 
     def _used_with(self, component: str) -> dict[str, Any]:
         """What else than the transformer a trajectory depends on, where the pipeline tells."""
         pipe, given = self._pipe, self._scales.get("guidance_scale")
-        scheduler, guidance = getattr(pipe, "scheduler", None), getattr(pipe, "guidance_scale", given)
+        scheduler, guidance = self.schedule.scheduler, getattr(pipe, "guidance_scale", given)
         if guidance is None:
             guidance = getattr(getattr(pipe, "guider", None), "guidance_scale", None)
         if component.endswith("_2"):
@@ -251,6 +257,16 @@ class Call:
             "guidance": guidance if isinstance(guidance, (int, float)) else None,
             "true_cfg_scale": self._scales.get("true_cfg_scale"),
         }
+
+
+def _unconditional(context: str) -> bool:
+    """Whether a pipeline, or its guider, calls the unconditional half of guidance so: `uncond`, `pred_uncond`."""
+    return context != BOTH and context.rpartition("_")[2] in ("uncond", "unconditional", "negative")
+
+
+def _conditional(context: str) -> bool:
+    """The same of the conditional half, in a call of its own: `cond`, `pred_cond`."""
+    return context.rpartition("_")[2] in ("cond", "conditional", "positive")
 
 
 def _separate(policy: Policy | None) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
@@ -22,9 +24,11 @@ from cachekit.planning.sampler import step_sizes
 from cachekit.planning.trace import Trace
 from cachekit.policy import Policy
 from cachekit.state import State
+from cachekit.structure.chains import Chain
 from cachekit.transform import CachedStep
 
 ALL = ""
+Structure: TypeAlias = Chain | Sequence[Chain] | None
 
 
 class Run:
@@ -35,17 +39,25 @@ class Run:
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, policies: Mapping[str, Policy], options: Mapping[str, Any] | None = None
+        self,
+        pipe: DiffusionPipeline,
+        policies: Mapping[str, Policy],
+        options: Mapping[str, Any] | None = None,
+        structure: Mapping[str, Structure] | None = None,
     ) -> None:
-        self._pipe = pipe
+        self._of = weakref.ref(pipe)  # the pipeline's class holds the run
         self._policies = dict(policies)
         self._options = options
+        self._structure = dict(structure or {})
         self._used: set[str] = set()
         self._names = _transformers(pipe)
+        self._scheduler = _scheduler(pipe)
+        self._extra: dict[type, int] = {}  # by class of scheduler: how many of its timesteps calls have left over
         self._class = type(pipe)
         self._steps: dict[tuple[int, int], tuple[nn.Module, Policy, CachedStep]] = {}
         self._lock = threading.Lock()
         self._here = threading.local()
+        weakref.finalize(pipe, self._steps.clear)
         self._variants: dict[tuple[int, bool | None], Policy] = {}
         self._separate = False
         self._last: Call | None = None
@@ -59,8 +71,10 @@ class Run:
 
     def disable(self) -> None:
         """Switch caching off. The pipeline is what it was before; a second time changes nothing."""
-        if getattr(type(self._pipe), MARK, None) is self:
-            self._pipe.__class__ = self._class
+        pipe = self._of()
+        if pipe is not None and getattr(type(pipe), MARK, None) is self:
+            pipe.__class__ = self._class
+        self._steps.clear()
 
     @property
     def states(self) -> dict[str, State]:
@@ -114,6 +128,13 @@ class Run:
         # Beside one that is recorded another may be cached.
         states = {name: state for name, state in states.items() if streams[transformer, name].recorded} or states
         for name in states:
+            parts = streams[transformer, name].parts
+            if parts > 1 and not streams[transformer, name].cut:
+                raise StateError(
+                    f"{name!r} of {transformer!r} went through its schedule {parts} times in one call (stages, "
+                    "windows), and a recording is of one. Use a policy that is set by hand there, e.g. "
+                    "cachekit.taylorseer(3)."
+                )
             if cut := streams[transformer, name].cut:
                 raise StateError(
                     f"{name!r} of {transformer!r} began anew after {cut[0]} of {cut[1]} steps, with other arguments or "
@@ -122,11 +143,17 @@ class Run:
         used = {name: value for name, value in call.used_with[transformer].items() if value is not None}
         # The last step goes on to where the next transformer begins, which this one does not know.
         begun, steps = streams[transformer, next(iter(states))].begun, len(next(iter(states.values())).timesteps)
-        sizes = None if begun is None else step_sizes(call.times)[begun : begun + steps]
+        sizes = None if begun is None else step_sizes(call.times)[begun.step : begun.step + steps]
+        if sizes is not None and len(sizes) != steps:  # calls of frames that have timesteps of their own
+            sizes = None
         used["streams"] = call.guided(transformer)
         if "," not in used["streams"]:  # nothing was guided by it
             used.pop("true_cfg_scale", None)
         return Trace.from_state(states, step_sizes=sizes, notes={"model": self._class.__name__, **used})
+
+    @property
+    def _pipe(self) -> Any:
+        return self._of()
 
     # What the classes in standins.py ask ----------------------------------------------------------------------
 
@@ -134,6 +161,10 @@ class Run:
     def opened(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         """A call of the pipeline, in this thread."""
         models = self._models()
+        with self._lock:  # one that was there before is let go
+            held = {id(model) for model in models.values()}
+            for key in [key for key in self._steps if key[0] not in held]:
+                del self._steps[key]
         self._check(models)
         call = Call(
             self._pipe,
@@ -143,16 +174,32 @@ class Run:
             self._variant,
             separate=self._separate,
             scales=self._scales(args, kwargs),
+            scheduler=self._scheduler,
+            extra=self._extra.get(type(self._pipe.__dict__.get(self._scheduler or ""))),
         )
         calls: list[Call] = self._here.__dict__.setdefault("calls", [])
         calls.append(call)
         self._last = call  # lets go of the one before, and of its memory
         try:
             yield
+            self._learn(call)
         finally:
             calls.pop()
             self._separate |= call.separate
             call.end()
+
+    def _learn(self, call: Call) -> None:
+        """How many timesteps the pipeline leaves over: of a scheduler that has one entry more than there are calls."""
+        kind, left = type(call.schedule.scheduler), call.schedule.left_over
+        if left != 1 or getattr(self._pipe, "interrupt", False) is True:
+            self._extra.pop(kind, None)
+        elif call.schedule.surprised and self._extra.setdefault(kind, left):
+            warnings.warn(
+                f"`pipe` {self._class.__name__} has called its transformer {len(call.times) - 1} times, and its "
+                f"{kind.__name__} has {len(call.times)} timesteps: the last one was waited for in vain. From the next "
+                "call on it is not; a recording or a calibration of this call is to be made again.",
+                stacklevel=5,
+            )
 
     def _scales(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
         """What the pipeline is given as scales of guidance, by argument."""
@@ -166,12 +213,18 @@ class Run:
 
     def owns(self, pipe: Any) -> bool:
         """Whether it is this pipeline, and not one that was made of its class meanwhile."""
-        return pipe is self._pipe
+        return pipe is self._of()
 
-    def given(self, name: str) -> nn.Module | None:
-        """What stands in for a transformer in this thread now; None outside a call."""
+    def given(self, name: str) -> Any:
+        """What stands in for a transformer, or for the scheduler, in this thread now; None outside a call."""
         calls: list[Call] = self._here.__dict__.get("calls", [])
-        return calls[-1].stand_ins.get(name) if calls else None
+        return calls[-1].given(name) if calls else None
+
+    def shows_progress(self, steps: int) -> None:
+        """The pipeline shows progress of so many steps."""
+        calls: list[Call] = self._here.__dict__.get("calls", [])
+        if calls:
+            calls[-1].schedule.expects(steps)
 
     # Transformers, policies and steps -------------------------------------------------------------------------
 
@@ -192,7 +245,7 @@ class Run:
             refuse(model)
             refuse_hooks(name, model)
             for policy in meant:
-                self._step(model, policy)
+                self._step(name, model, policy)
 
     def _policy_of(self, component: str, stream: str) -> Policy | None:
         for key in (f"{component}/{stream}", stream, component, ALL):
@@ -214,19 +267,25 @@ class Run:
         return self._variants.setdefault((id(policy), separate), made)
 
     def _step_of(self, component: str, policy: Policy) -> CachedStep:
-        return self._step(self._pipe.__dict__[component], policy)
+        return self._step(component, self._pipe.__dict__[component], policy)
 
-    def _step(self, model: nn.Module, policy: Policy) -> CachedStep:
+    def _step(self, component: str, model: nn.Module, policy: Policy) -> CachedStep:
         """The step of a transformer, made once; it holds both, so that their ids stay theirs."""
         with self._lock:
             key = id(model), id(policy)
             if key not in self._steps:
-                step = CachedStep(model, policy)
+                step = CachedStep(model, policy, self._structure.get(component, self._structure.get(ALL)))
                 self._steps[key] = model, policy, step if self._options is None else step.compile(**self._options)
             return self._steps[key][2]
 
 
-def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str, Any] = False) -> Run:
+def enable(
+    pipe: DiffusionPipeline,
+    policy: Any,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+    structure: Structure | Mapping[str, Structure] = None,
+) -> Run:
     """Switch caching on for a pipeline, until `run.disable()`. `cached` switches it off by itself.
 
     Args:
@@ -237,6 +296,7 @@ def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
             one counts, as `run.summary()` names them; what it does not name is not cached.
         compile: True to run compiled steps, or the arguments of `step.compile`, e.g. `{"regional": True}`. What is
             compiled is kept until the run is disabled, for every call.
+        structure: chains of blocks stated by hand, as for `cachekit.cache`; or a mapping to such from a transformer.
 
     Returns:
         The run. `run.summary()` tells what the last call did, `run.states` what it logged.
@@ -270,17 +330,48 @@ def enable(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
             f"`compile` must be True, False or the arguments of step.compile, got {compile!r}. Use e.g. "
             '{"regional": True}.'
         )
-    run = Run(pipe, _policies(policy), None if compile is False else {} if compile is True else {**compile})
-    pipe.__class__ = pipeline_class(type(pipe), run, run._names)
+    stated = structure if isinstance(structure, Mapping) else {ALL: structure}
+    run = Run(pipe, _policies(policy), None if compile is False else {} if compile is True else {**compile}, stated)
+    replaced = run._names if run._scheduler is None else (*run._names, run._scheduler)
+    pipe.__class__ = pipeline_class(type(pipe), run, replaced)
     return run
 
 
+def disable(pipe: DiffusionPipeline) -> None:
+    """Switch caching off for a pipeline, where the run is not at hand. One without a cache stays as it is.
+
+    Args:
+        pipe: the pipeline that was given to `enable`.
+
+    Raises:
+        ArgumentTypeError: `pipe` is no pipeline.
+
+    Example:
+        ```python
+        ckd.enable(pipe, ck.first_block_cache(threshold=0.1))
+        image = pipe("a cat", num_inference_steps=28).images[0]
+        ckd.disable(pipe)
+        ```
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ArgumentTypeError(f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}.")
+    there: Run | None = getattr(type(pipe), MARK, None)
+    if there is not None and there.owns(pipe):
+        there.disable()
+
+
 @contextmanager
-def cached(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str, Any] = False) -> Iterator[Run]:
+def cached(
+    pipe: DiffusionPipeline,
+    policy: Any,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+    structure: Structure | Mapping[str, Structure] = None,
+) -> Iterator[Run]:
     """Caching for a pipeline inside a `with` block. After it, or after an exception, nothing is left on the pipeline.
 
     Args:
-        pipe, policy, compile: as for `enable`.
+        pipe, policy, compile, structure: as for `enable`.
 
     Example:
         ```python
@@ -313,7 +404,7 @@ def cached(pipe: DiffusionPipeline, policy: Any, *, compile: bool | Mapping[str,
             image = pipe("a dog", num_inference_steps=28).images[0]
         ```
     """
-    run = enable(pipe, policy, compile=compile)
+    run = enable(pipe, policy, compile=compile, structure=structure)
     try:
         yield run
     finally:
@@ -341,6 +432,16 @@ def _policy(name: str, value: Any) -> Policy:
         f"`{name}` must be a Policy, a cache config of diffusers or a mapping to such, got {type(value).__name__}. Use "
         "e.g. cachekit.first_block_cache(0.1)."
     )
+
+
+def _scheduler(pipe: DiffusionPipeline) -> str | None:
+    """The name of the component that is its scheduler; of several the first."""
+    found = [
+        name
+        for name, component in vars(pipe).items()
+        if not isinstance(component, nn.Module) and callable(getattr(component, "set_timesteps", None))
+    ]
+    return "scheduler" if "scheduler" in found else next(iter(found), None)
 
 
 def _transformers(pipe: DiffusionPipeline) -> tuple[str, ...]:

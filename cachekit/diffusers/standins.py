@@ -1,4 +1,4 @@
-"""What stands in for a pipeline and its transformers while a run is enabled. Neither of them is changed.
+"""What stands in for a pipeline, its transformers and its scheduler while a run is enabled. None of them is changed.
 
 A pipeline gets a class of its own, made from its class, in which a call opens a scope and, inside of it, the attributes
 that hold the transformers give others out. A transformer that is given out has a class of its own too, and shares
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -30,8 +31,12 @@ class Scope(Protocol):
         """A call of the pipeline, with these arguments."""
         ...
 
-    def given(self, name: str) -> nn.Module | None:
-        """What stands in for a transformer in this thread now; None outside a call."""
+    def given(self, name: str) -> Any:
+        """What stands in for a transformer, or for the scheduler, in this thread now; None outside a call."""
+        ...
+
+    def shows_progress(self, steps: int) -> None:
+        """The pipeline shows progress of so many steps."""
         ...
 
 
@@ -76,7 +81,15 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
         found = base.components.fget(self)  # type: ignore[attr-defined]
         return {name: self.__dict__[name] if name in names else value for name, value in found.items()}
 
-    members = {name: _Slot(scope, name) for name in names}
+    @functools.wraps(base.progress_bar)
+    def progress_bar(self, iterable=None, total=None, *args, **kwargs):
+        steps = total if total is not None else getattr(iterable, "__len__", lambda: None)()
+        if steps is not None and scope.owns(self):
+            scope.shows_progress(int(steps))
+        return base.progress_bar(self, iterable, total, *args, **kwargs)
+
+    members: dict[str, Any] = {name: _Slot(scope, name) for name in names}
+    members["progress_bar"] = progress_bar
     made = {"__call__": call, "__reduce_ex__": reduce, "components": property(components), MARK: scope, **members}
     about = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (base,), {**about, **made})
@@ -104,6 +117,44 @@ def stand_in(
     made = object.__new__(type(base.__name__, (base,), members))
     object.__setattr__(made, "__dict__", model.__dict__)
     return made  # type: ignore[return-value]
+
+
+def watched(scheduler: Any, is_set: Callable[[], None], stepped: Callable[[], None]) -> Any:
+    """A scheduler that is `scheduler` in everything, and tells what it is asked for.
+
+    Args:
+        scheduler: of diffusers, or any object with `set_timesteps` and `step`.
+        is_set: called after its timesteps were set.
+        stepped: called after a step, whatever the method is called that takes it: `step`, `step_pred`.
+    """
+    base, depth = type(scheduler), [0]  # a step may take others
+
+    def telling(method: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            depth[0] += 1
+            try:
+                found = method(self, *args, **kwargs)
+            finally:
+                depth[0] -= 1
+            if not depth[0]:
+                tell()
+            return found
+
+        return call
+
+    names = [name for name in dir(base) if name == "step" or name.startswith("step_")]
+    steps = {name: getattr(base, name) for name in names if inspect.isfunction(getattr(base, name))}
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__reduce_ex__": lambda self, protocol: reduced(scheduler, protocol),
+        "set_timesteps": telling(base.set_timesteps, is_set),
+        **{name: telling(method, stepped) for name, method in steps.items()},
+    }
+    made = object.__new__(type(base.__name__, (base,), members))
+    object.__setattr__(made, "__dict__", vars(scheduler))
+    return made
 
 
 def reduced(value: Any, protocol: Any) -> tuple:
