@@ -193,7 +193,8 @@ class Run:
         kind, left = type(call.schedule.scheduler), call.schedule.left_over
         if left != 1 or getattr(self._pipe, "interrupt", False) is True:
             self._extra.pop(kind, None)
-        elif call.schedule.surprised and self._extra.setdefault(kind, left):
+        elif call.schedule.surprised:
+            self._extra[kind] = left
             warnings.warn(
                 f"`pipe` {self._class.__name__} has called its transformer {len(call.times) - 1} times, and its "
                 f"{kind.__name__} has {len(call.times)} timesteps: the last one was waited for in vain. From the next "

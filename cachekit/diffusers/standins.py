@@ -82,11 +82,14 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
         return {name: self.__dict__[name] if name in names else value for name, value in found.items()}
 
     @functools.wraps(base.progress_bar)
-    def progress_bar(self, iterable=None, total=None, *args, **kwargs):
-        steps = total if total is not None else getattr(iterable, "__len__", lambda: None)()
+    def progress_bar(self, *args, **kwargs):
+        given = dict(zip(("iterable", "total"), args, strict=False)) | kwargs
+        steps = given.get("total")
+        if steps is None and hasattr(given.get("iterable"), "__len__"):
+            steps = len(given["iterable"])
         if steps is not None and scope.owns(self):
             scope.shows_progress(int(steps))
-        return base.progress_bar(self, iterable, total, *args, **kwargs)
+        return base.progress_bar(self, *args, **kwargs)
 
     members: dict[str, Any] = {name: _Slot(scope, name) for name in names}
     members["progress_bar"] = progress_bar
@@ -106,17 +109,11 @@ def stand_in(
         context: what its `cache_context(name)` does. That of diffusers would tell its hooks, of which there are none,
             and leave a registry of them on the model.
     """
-    base = type(model)
     members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
         "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
-        "__reduce_ex__": lambda self, protocol: reduced(model, protocol),
         "cache_context": lambda self, name, **kwargs: context(name),
     }
-    made = object.__new__(type(base.__name__, (base,), members))
-    object.__setattr__(made, "__dict__", model.__dict__)
-    return made  # type: ignore[return-value]
+    return _but_for(model, members)
 
 
 def watched(scheduler: Any, is_set: Callable[[], None], stepped: Callable[[], None]) -> Any:
@@ -145,15 +142,20 @@ def watched(scheduler: Any, is_set: Callable[[], None], stepped: Callable[[], No
 
     names = [name for name in dir(base) if name == "step" or name.startswith("step_")]
     steps = {name: getattr(base, name) for name in names if inspect.isfunction(getattr(base, name))}
-    members = {
+    members = {name: telling(method, stepped) for name, method in steps.items()}
+    return _but_for(scheduler, {"set_timesteps": telling(base.set_timesteps, is_set), **members})
+
+
+def _but_for(value: Any, members: dict[str, Any]) -> Any:
+    """An object that is `value`, and shares what it holds, but for these members of its class."""
+    base = type(value)
+    about = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
-        "__reduce_ex__": lambda self, protocol: reduced(scheduler, protocol),
-        "set_timesteps": telling(base.set_timesteps, is_set),
-        **{name: telling(method, stepped) for name, method in steps.items()},
+        "__reduce_ex__": lambda self, protocol: reduced(value, protocol),
     }
-    made = object.__new__(type(base.__name__, (base,), members))
-    object.__setattr__(made, "__dict__", vars(scheduler))
+    made = object.__new__(type(base.__name__, (base,), {**about, **members}))
+    object.__setattr__(made, "__dict__", vars(value))
     return made
 
 
