@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from cachekit.deciders._decider import Moment, Sums
 from cachekit.plans import pattern
-from cachekit.state import human_bytes
+from cachekit.policy import Policy
+from cachekit.state import State, human_bytes
 
 
 class StreamReport(NamedTuple):
@@ -43,3 +46,40 @@ class Report(NamedTuple):
         if self.unused:
             rows.append(f"policies for streams that were not called: {', '.join(self.unused)}")
         return "\n".join(rows)
+
+
+def why_idle(policy: Policy, states: dict[str, State]) -> str:
+    """Why a policy has skipped nothing in these trajectories, by stream, with the number that would have changed it.
+
+    Args:
+        policy: that of the states.
+        states: after a run whose steps were all computed.
+    """
+    names = ", ".join(dict.fromkeys(decider.name for decider in policy.deciders.values()))
+    if policy.static:
+        return f"Its plan ({names}) computes every one of them: the run is shorter or elsewhere than what it skips."
+    lowest = [(*least, name) for name, state in states.items() if (least := _least_signal(policy, state)) is not None]
+    if not lowest:
+        return f"No signal would have changed that: {names} computes all of these steps whatever is measured."
+    signal, step, stream = min(lowest)
+    return (
+        f"Its decider is {names}; the smallest signal at a step that it may skip was {signal:.4g}, at step {step} of "
+        f"{stream}. A threshold above that skips it."
+    )
+
+
+def _least_signal(policy: Policy, state: State) -> tuple[float, int] | None:
+    """The smallest signal of a run that skipped nothing, and its step, among the steps that no signal would skip less.
+
+    These are the steps that the decider skips where nothing has moved at all, after all before them were computed.
+    """
+    (decider,) = policy.deciders.values()  # a policy with several has none that looks at a signal
+    memory, least = decider.init(state.timesteps), None
+    times = state.timesteps.tolist()
+    for step, signal in enumerate(state.signal[: int(state.step)].tolist()):
+        now = Moment(step, times[step], len(times), Sums(signal, 1.0))
+        still = now._replace(signal=Sums(0.0, 1.0))
+        if step > 0 and math.isfinite(signal) and not bool(decider.decide(memory, still)):
+            least = min(least or (signal, step), (signal, step))
+        memory = decider.update(memory, now, True)
+    return least

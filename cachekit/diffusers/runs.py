@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from cachekit.diffusers.calls import Call
+from cachekit.diffusers.calls import Call, Stream
 from cachekit.diffusers.compat import refuse, refuse_hooks
 from cachekit.diffusers.configs import from_config, is_config
-from cachekit.diffusers.reports import Report, StreamReport
+from cachekit.diffusers.reports import Report, StreamReport, why_idle
 from cachekit.diffusers.standins import MARK, pipeline_class
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.planning.sampler import step_sizes
@@ -50,6 +50,7 @@ class Run:
         self._options = options
         self._structure = dict(structure or {})
         self._used: set[str] = set()
+        self._told: set[int] = set()  # ids of policies that were said to have skipped nothing
         self._names = _transformers(pipe)
         self._scheduler = _scheduler(pipe)
         self._extra: dict[type, int] = {}  # by class of scheduler: how many of its timesteps calls have left over
@@ -183,6 +184,7 @@ class Run:
         try:
             yield
             self._learn(call)
+            self._tell(call)
         finally:
             calls.pop()
             self._separate |= call.separate
@@ -199,6 +201,29 @@ class Run:
                 f"`pipe` {self._class.__name__} has called its transformer {len(call.times) - 1} times, and its "
                 f"{kind.__name__} has {len(call.times)} timesteps: the last one was waited for in vain. From the next "
                 "call on it is not; a recording or a calibration of this call is to be made again.",
+                stacklevel=5,
+            )
+
+    def _tell(self, call: Call) -> None:
+        """Say it, once, of every policy that has skipped nothing in a whole call."""
+        if getattr(self._pipe, "interrupt", False) is True:
+            return
+        streams: dict[int, dict[str, Stream]] = {}  # by policy, as it was given
+        for (component, name), stream in call.streams.items():
+            if stream.policy is not None and not stream.recorded and not _calibrates(stream.policy):
+                streams.setdefault(id(self._policy_of(component, name)), {})[f"{component}/{name}"] = stream
+        for key, of in streams.items():
+            calls = [computed for stream in of.values() for computed in stream.computed]
+            states = {name: stream.state for name, stream in of.items() if stream.state is not None}
+            alone = all(len(stream.computed) == 1 for stream in of.values())  # of one step none can be skipped
+            if key in self._told or not all(calls) or alone or not states:
+                continue
+            policy = of[next(iter(states))].policy
+            assert policy is not None
+            self._told.add(key)
+            warnings.warn(
+                f"`policy` {policy.name!r} has skipped nothing in {len(calls)} calls of {', '.join(of)}. "
+                f"{why_idle(policy, states)}",
                 stacklevel=5,
             )
 
@@ -433,6 +458,11 @@ def _policy(name: str, value: Any) -> Policy:
         f"`{name}` must be a Policy, a cache config of diffusers or a mapping to such, got {type(value).__name__}. Use "
         "e.g. cachekit.first_block_cache(0.1)."
     )
+
+
+def _calibrates(policy: Policy) -> bool:
+    """Whether it computes every step to measure something: what it measures decides nothing."""
+    return policy.static and policy.signal is not None
 
 
 def _scheduler(pipe: DiffusionPipeline) -> str | None:
