@@ -63,6 +63,11 @@ class Bench(NamedTuple):
     until: float  # time.perf_counter() after which no more rows are begun
     left_out: list[str]
 
+    @property
+    def compiler(self) -> dict[str, Any]:
+        """Which backend compiles: Inductor, but where the script alone is tried, for it takes minutes."""
+        return {"backend": "aot_eager"} if self.tiny else {}
+
     def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
         """The median time of a call, from an idle device to an idle device; the first is not counted, unless it ran."""
         found = []
@@ -164,7 +169,7 @@ def loops(bench: Bench, work: Workload) -> Iterator[dict[str, Any]]:
     error = rounding(work)
     for way in ("eager", "regional"):
         bench.fresh()
-        with regional(work.blocks, way == "regional"):
+        with regional(bench, work.blocks, way == "regional"):
             out = work.model(**given[-1])[0]
             uncached = out if uncached is None else uncached
             refuse_wrong(f"{work.name}, none, {way}", out, uncached, error)
@@ -206,7 +211,7 @@ def compiled_whole(
     if not bench.reaches(f"{work.name}, programs", 2 * needs):
         return
     bench.fresh()
-    whole = torch.compile(lambda each: work.model(**each), fullgraph=True)
+    whole = torch.compile(lambda each: work.model(**each), fullgraph=True, **bench.compiler)
     refuse_wrong(f"{work.name}, none, torch.compile", whole(given[-1])[0], work.model(**given[-1])[0], error)
     plain = bench.seconds(lambda: [whole(each) for each in given])
     yield {"method": "none", "way": "torch.compile", "seconds": plain, "ratio": 1.0}
@@ -227,7 +232,7 @@ def peers(
             continue
         bench.fresh()
         try:
-            with peer(work, method, threshold) as run, regional(work.blocks, way == "regional", fullgraph=False):
+            with peer(work, method, threshold) as run, regional(bench, work.blocks, way == "regional", fullgraph=False):
                 if run is None:
                     continue
                 out = run(given)
@@ -246,12 +251,12 @@ def peers(
 class regional:  # noqa: N801
     """With the blocks compiled one by one in place, and as they were afterwards."""
 
-    def __init__(self, blocks: list[torch.nn.Module], on: bool, fullgraph: bool = True) -> None:
-        self.blocks, self.fullgraph = blocks if on else [], fullgraph
+    def __init__(self, bench: Bench, blocks: list[torch.nn.Module], on: bool, fullgraph: bool = True) -> None:
+        self.blocks, self.options = blocks if on else [], {"fullgraph": fullgraph, **bench.compiler}
 
     def __enter__(self) -> None:
         for block in self.blocks:
-            block.compile(fullgraph=self.fullgraph)
+            block.compile(**self.options)
 
     def __exit__(self, *_: object) -> None:
         for block in self.blocks:
@@ -271,7 +276,7 @@ def loop(
     """A trajectory of one step, its efficiency, and its last output."""
     bench.fresh()
     step = ck.cache(work.model, policy)
-    step = step if way == "eager" else step.compile(regional=way == "regional")
+    step = step if way == "eager" else step.compile(regional=way == "regional", **bench.compiler)
     given = [work.inputs(i) for i in range(STEPS)]
     made = step.init(TIMES, **given[0])
 
@@ -291,8 +296,8 @@ def loop(
     computed = sum(summary.computed)
     cut = work.without(method)
     blocks = [block for name in work.lists for block in getattr(cut, name)]
-    run_cut: Any = torch.compile(cut, fullgraph=True) if way == "programs" else cut
-    with regional(blocks, way == "regional"):
+    run_cut: Any = torch.compile(cut, fullgraph=True, **bench.compiler) if way == "programs" else cut
+    with regional(bench, blocks, way == "regional"):
         alone = bench.seconds(lambda: [run_cut(**each) for each in given]) / STEPS
     found = {
         "method": method,
