@@ -77,6 +77,9 @@ def test_nothing_compiles_twice(name, method, way):
 @pytest.mark.parametrize(("name", "method"), [("Flux", "taylorseer"), ("Wan", "faster_cache")])
 def test_inductor_equals_eager(name, method):
     specimen, policy = setup(name, method)
+    for child in specimen.model.children():
+        if isinstance(child, torch.nn.ModuleList):
+            del child[1:]  # a second block has the same modules, and takes Inductor as long again
     with torch.no_grad():
         step = ck.cache(specimen.model, policy)
         compiled = step.compile()
