@@ -156,6 +156,11 @@ class Run:
     def _pipe(self) -> Any:
         return self._of()
 
+    @property
+    def _interrupted(self) -> bool:
+        """Whether a callback has told the pipeline to stop: its last call did not go through."""
+        return getattr(self._pipe, "interrupt", False) is True
+
     # What the classes in standins.py ask ----------------------------------------------------------------------
 
     @contextmanager
@@ -193,7 +198,7 @@ class Run:
     def _learn(self, call: Call) -> None:
         """How many timesteps the pipeline leaves over: of a scheduler that has one entry more than there are calls."""
         kind, left = type(call.schedule.scheduler), call.schedule.left_over
-        if left != 1 or getattr(self._pipe, "interrupt", False) is True:
+        if left != 1 or self._interrupted:
             self._extra.pop(kind, None)
         elif call.schedule.surprised:
             self._extra[kind] = left
@@ -206,7 +211,7 @@ class Run:
 
     def _tell(self, call: Call) -> None:
         """Say it, once, of every policy that has skipped nothing in a whole call."""
-        if getattr(self._pipe, "interrupt", False) is True:
+        if self._interrupted:
             return
         streams: dict[int, dict[str, Stream]] = {}  # by policy, as it was given
         for (component, name), stream in call.streams.items():
