@@ -22,6 +22,7 @@ collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTER
 THREADS = os.environ.get("CACHEKIT_TEST_THREADS", "1")
 torch.set_num_threads(int(THREADS))
 os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = THREADS  # nor does it pay to begin processes that compile
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 # To see a test fail is enough for a mutant; nobody reads the smallest counterexample.
