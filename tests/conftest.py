@@ -36,10 +36,14 @@ COLLECTED = pytest.StashKey[list[pytest.Item]]()
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is left to the slow tier, before marks are chosen from; and keep the list, for the test of that."""
-    for item in items:
-        test = getattr(item, "originalname", None) or item.name
-        if tiers.is_slow(item.path.name, test, tiers.parameters(item.name)):
+    tests = [
+        (item.path.name, getattr(item, "originalname", None) or item.name, tiers.parameters(item.name))
+        for item in items
+    ]
+    for item, test in zip(items, tests, strict=True):
+        if tiers.is_slow(*test):
             item.add_marker("slow")
+    items[:] = [items[at] for at in tiers.order(tests)]
     config.stash[COLLECTED] = [*items]
 
 

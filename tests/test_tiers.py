@@ -57,3 +57,13 @@ def test_in_a_covering_all_values_of_so_many_axes_meet(sizes, strength, data):
 def test_a_rule_is_of_a_test_before_it_is_of_a_file(name, slow):
     test, given_ = name.partition("[")[0], tiers.parameters(name)
     assert tiers.is_slow(*test.split("::"), given_) == slow
+
+
+@given(st.lists(st.tuples(st.sampled_from(["test_exactness.py", "test_grid.py"]), st.just("t"), st.sampled_from("abc"))))
+def test_tests_of_one_class_run_side_by_side_and_the_others_in_their_order(tests):
+    ordered = tiers.order(tests)
+    assert sorted(ordered) == [*range(len(tests))]
+    names = [name for name, _ in itertools.groupby(tests[at][2] for at in ordered if "exact" in tests[at][0])]
+    assert len(names) == len(set(names))
+    others = [at for at in ordered if "grid" in tests[at][0]]
+    assert others == sorted(others)

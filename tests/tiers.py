@@ -156,6 +156,25 @@ SLOW: dict[str, str] = {
 """Tests that are slow as a whole, and why."""
 
 
+OF_ONE_CLASS = (
+    "test_coverage.py::test_nothing_is_lost",
+    "test_exactness.py",
+    "test_module_parity.py::test_all_attention_that_diffusers_knows_is_found",
+    "test_output.py::test_every_class_of_the_zoo",
+)
+"""Tests, or files, of one class of diffusers each: run side by side they record it once."""
+
+
+def order(tests: Sequence[tuple[str, str, str]]) -> list[int]:
+    """The order in which to run tests, each a file, a test and its parameters: those of one class together."""
+    first: dict[str, int] = {}
+    places = []
+    for at, (file, test, name) in enumerate(tests):
+        together = file in OF_ONE_CLASS or f"{file}::{test}" in OF_ONE_CLASS
+        places.append(first.setdefault(name, at) if together else at)
+    return sorted(range(len(tests)), key=places.__getitem__)
+
+
 def is_slow(file: str, test: str, parameters: str) -> bool:
     """Whether a test with these parameters, as pytest writes them in brackets, is left to the slow tier."""
     if f"{file}::{test}" in SLOW:
