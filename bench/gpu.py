@@ -66,7 +66,7 @@ class Bench(NamedTuple):
     @property
     def compiler(self) -> dict[str, Any]:
         """Which backend compiles: Inductor, but where the script alone is tried, for it takes minutes."""
-        return {"backend": "aot_eager"} if self.tiny else {}
+        return {"backend": "eager"} if self.tiny else {}
 
     def seconds(self, call: Callable[[], Any], *, warm: bool = False) -> float:
         """The median time of a call, from an idle device to an idle device; the first is not counted, unless it ran."""

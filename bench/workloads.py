@@ -92,12 +92,12 @@ def flux(device: torch.device, tiny: bool = False, dtype: torch.dtype = torch.bf
 
 
 def wan(device: torch.device, tiny: bool = False, dtype: torch.dtype = torch.bfloat16) -> Workload:
-    """Wan2.1 1.3B, 33 frames at 480x832: 30 blocks of width 1536, 14040 tokens. `tiny` has 3 of width 32."""
+    """Wan2.1 1.3B, 33 frames at 480x832: 30 blocks of width 1536, 14040 tokens. `tiny` has 2 of width 32."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     size: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960}
     if tiny:
-        size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 3, "ffn_dim": 64, "text_dim": 48}
+        size = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "text_dim": 48}
         size |= {"in_channels": 4, "out_channels": 4, "freq_dim": 32}
     model = _built(lambda: WanTransformer3DModel(**size), device, dtype)
     draw, config = _source(device, dtype), model.config
