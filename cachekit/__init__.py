@@ -1,11 +1,13 @@
 """cachekit: caching for diffusion transformers as a functional transform."""
 
-from cachekit import deciders, forecasters, signals
+from cachekit import deciders, forecasters, signals, testing
 from cachekit.errors import ArgumentError, ArgumentTypeError, CacheError, StateError, StructureError, TraceWarning
 from cachekit.explain import Explanation
 from cachekit.guidance import Tokens
 from cachekit.methods import (
     MagRatios,
+    by_hand,
+    decide,
     faster_cache,
     first_block_cache,
     mag_cache,
@@ -48,8 +50,10 @@ __all__ = [
     "Tokens",
     "Trace",
     "TraceWarning",
+    "by_hand",
     "cache",
     "choose",
+    "decide",
     "deciders",
     "faster_cache",
     "first_block_cache",
@@ -67,4 +71,5 @@ __all__ = [
     "summary",
     "sweep",
     "taylorseer",
+    "testing",
 ]

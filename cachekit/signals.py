@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cachekit_kernels as kernels
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cachekit.asking import BEYOND, ask, shown
 from cachekit.deciders import Sums
+from cachekit.errors import ArgumentError, ArgumentTypeError
 
 
 def change(value: Tensor, reference: Tensor) -> Sums:
@@ -32,6 +36,36 @@ def norm_ratio(value: Tensor, reference: Tensor) -> Sums:
     """
     tokens = math.prod(value.shape[:-1])
     return Sums(kernels.norm_ratio(value, reference), torch.full((), tokens, dtype=torch.float32, device=value.device))
+
+
+def check_signal(
+    signal: Callable[[Tensor, Tensor], Sums], shape: Sequence[int], dtype: torch.dtype, device: Any
+) -> None:
+    """Try a signal on values of this kind. Nothing is computed: forms alone count.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it returns anything but two sums, or fails.
+    """
+    name = getattr(signal, "__name__", repr(signal))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        value, reference = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        try:
+            sums = ask("signal", name, "signal", signal, value, reference)
+        except BEYOND as error:
+            raise ArgumentError(
+                f"`signal` {name!r} reads the value of a tensor (.item(), float, `if`), which waits for the device and "
+                "can be in no graph. Return cachekit.deciders.Sums of two 0-d tensors; the decider divides them."
+            ) from error
+    if (
+        not isinstance(sums, tuple)
+        or len(sums) != 2
+        or not all(isinstance(each, Tensor) and each.ndim == 0 and each.is_floating_point() for each in sums)
+    ):
+        got = ", ".join(map(shown, sums)) if isinstance(sums, tuple) else shown(sums)
+        raise ArgumentTypeError(
+            f"`signal` {name!r} returns {got}. Return cachekit.deciders.Sums(numerator, denominator), two 0-d floating "
+            "point tensors, e.g. of .abs().sum()."
+        )
 
 
 def of_residual(

@@ -16,10 +16,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders import plan as plan_of
-from cachekit.deciders._decider import ratio, trajectory
+from cachekit.deciders._decider import begin, needs_numbers, ratio, trajectory
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
 from cachekit.explain import Explanation, explanation
 from cachekit.forecasters import Clock
+from cachekit.forecasters._forecaster import check_forecaster
 from cachekit.guidance import GUIDANCE, Answered, GuidanceState, unanswered
 from cachekit.planning.recording import fresh_record
 from cachekit.plans import Plan
@@ -29,6 +30,7 @@ from cachekit.running.arithmetic import arithmetic
 from cachekit.running.frames import Frame
 from cachekit.running.opening import Opened
 from cachekit.running.programs import Programs, captures
+from cachekit.signals import check_signal
 from cachekit.state import State, fresh_log
 from cachekit.structure.chains import Chain
 from cachekit.structure.layout import ALL, Found, Layout, Output, Span
@@ -169,6 +171,8 @@ class CachedStep(nn.Module):
         self._compiled_with: dict[str, Any] | None = None
         self._forms: dict[tuple[str, ...], Any] = {}
         self._known: _Trajectory | None = None
+        self._tried: set[Any] = set()  # on which forms of values the parts of the policy were tried
+        self.branching: str | None = None  # why its decider can be in no graph
         self._begun = WeakIdKeyDictionary()  # timesteps of a trajectory begun here -> epoch of the modules
 
     def _find(self, args: tuple, kwargs: Mapping[str, Any], device: torch.device | str | None) -> Found:
@@ -229,6 +233,7 @@ class CachedStep(nn.Module):
 
     def _allocate(self, found: Found, times: Tensor, mode: AbstractContextManager[Any] | None = None) -> State:
         """The state before step 0; what is remembered of the model is made under `mode`."""
+        self._try(found)
         plan, decider = self._fresh(times, found.layout)
         weights: Any = self._weights(times, plan) if found.layout.guided is not None else ()
         computed, signal = fresh_log(len(times))
@@ -294,10 +299,26 @@ class CachedStep(nn.Module):
         main = site.main if isinstance(site, Span) and len(values) > 1 else 0
         return tuple(fresh_record(value, steps, self.policy.sketch, main=n == main) for n, value in enumerate(values))
 
+    def _try(self, found: Found) -> None:
+        """Try the parts that users may have written on the forms that they will meet, once a form."""
+        policy = self.policy
+        forms = {spec for specs in found.specs for spec in specs} if not policy.recorded else set()
+        for spec in forms - self._tried:
+            check_forecaster(policy.forecaster, spec.shape, spec.dtype, spec.device)
+        self._tried |= forms
+        measured = found.reference or next((spec for specs in found.specs for spec in specs), None)
+        if policy.signal is not None and measured is not None and (policy.signal, measured) not in self._tried:
+            check_signal(policy.signal, measured.shape, measured.dtype, measured.device)
+            self._tried.add((policy.signal, measured))
+
     def _fresh(self, times: Tensor, layout: Layout) -> tuple[Any, Any]:
         policy = self.policy
         if not policy.static:
-            return (), policy.deciders[ALL].init(times)
+            state = begin(policy.deciders[ALL], times)
+            if ALL not in self._tried:
+                self._tried.add(ALL)
+                self.branching = needs_numbers(policy.deciders[ALL], state)
+            return (), state
         decider = unanswered() if policy.guidance is not None and policy.guidance.separate else ()
         plans = {group: torch.tensor(plan_of(policy.deciders[group], times)) for group in self._groups([layout])}
         return (plans if policy.grouped else plans[ALL]), decider

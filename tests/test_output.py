@@ -100,7 +100,8 @@ def test_nothing_of_the_model_runs_on_a_reuse_but_the_probe(decider):
 def test_every_way_to_run_is_the_same(decider, forecaster):
     step = ck.cache(dit.shared("two"), policy(decider, forecaster))
     for way, graphs in (("one graph", 1), ("programs", 2 + bool(DECIDERS[decider][1]))):
-        ways.assert_alike(step, run, way, graphs, 1e-6)
+        # What the compiler makes of what is written and of views is looked at once; the rest is the same tracing.
+        ways.assert_alike(step, run, way, graphs, 1e-6, "aot_eager" if forecaster != "hold" else "eager")
 
 
 @pytest.mark.parametrize("decider", DECIDERS)

@@ -59,7 +59,9 @@ def test_a_rule_is_of_a_test_before_it_is_of_a_file(name, slow):
     assert tiers.is_slow(*test.split("::"), given_) == slow
 
 
-@given(st.lists(st.tuples(st.sampled_from(["test_exactness.py", "test_grid.py"]), st.just("t"), st.sampled_from("abc"))))
+@given(
+    st.lists(st.tuples(st.sampled_from(["test_exactness.py", "test_grid.py"]), st.just("t"), st.sampled_from("abc")))
+)
 def test_tests_of_one_class_run_side_by_side_and_the_others_in_their_order(tests):
     ordered = tiers.order(tests)
     assert sorted(ordered) == [*range(len(tests))]

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
+from cachekit.asking import BEYOND, ask, check_same_form, check_state, check_unwritten, shown, versions
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
 Number: TypeAlias = Any
@@ -48,7 +51,7 @@ class Decider(NamedTuple):
         decide: `decide(state, moment) -> bool`, True to compute. On Python numbers and 0-d tensors alike.
         update: `update(state, moment, computed) -> state`, after the verdict.
         static: whether the verdict depends on (step, timesteps, configuration) alone. A static decider is
-            resolved into a plan before the loop.
+            resolved into a plan before the loop. One that does not say so looks at a signal.
 
     Example:
         >>> import cachekit as ck
@@ -67,7 +70,7 @@ class Decider(NamedTuple):
     init: Callable[[Tensor], Any]
     decide: Callable[[Any, Moment], Any]
     update: Callable[[Any, Moment, Any], Any]
-    static: bool
+    static: bool = False
 
 
 def trajectory(timesteps: int | Sequence[float] | Tensor) -> Tensor:
@@ -100,20 +103,108 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
     """The verdicts of a static decider over a trajectory, one bool a step, True to compute.
 
     Step 0 computes whatever the decider says: nothing is cached yet.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it is no static decider, or looks at the signal all the same, or fails.
     """
     if not isinstance(decider, Decider):
         raise ArgumentTypeError(f"`decider` must be a Decider, got {decider!r}. Use a factory of cachekit.deciders.")
     if not decider.static:
         raise ArgumentError(f"`decider` {decider.name!r} looks at a signal, so it has no plan. Run it.")
     times = trajectory(timesteps)
-    steps, unseen = len(times), Sums(math.nan, math.nan)
-    state, verdicts = decider.init(times), []
+    steps, unseen = len(times), _Unseen(math.nan, math.nan)
+    state, verdicts = ask("decider", decider.name, "init", decider.init, times), []
     for step, timestep in enumerate(times.tolist()):
         now = Moment(step, timestep, steps, unseen)
-        computed = step == 0 or bool(decider.decide(state, now))
-        state = decider.update(state, now, computed)
+        computed = step == 0 or decided(decider, state, now)
+        state = ask("decider", decider.name, "update", decider.update, state, now, computed)
         verdicts.append(computed)
     return tuple(verdicts)
+
+
+class _Unseen(Sums):
+    """The signal of a plan, which nobody may look at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Sums._fields:
+            raise ArgumentError(
+                f"A decider that says static=True looks at `signal.{name}`, and is asked before there is one. Say "
+                "static=False, and use it with front=1 and a signal."
+            )
+        return super().__getattribute__(name)
+
+    def __iter__(self) -> Any:
+        return iter((self.numerator, self.denominator))
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.numerator, self.denominator)[index]
+
+
+def decided(decider: Decider, state: Any, now: Moment) -> bool:
+    """What a decider says, on the host."""
+    verdict = ask("decider", decider.name, "decide", decider.decide, state, now)
+    if isinstance(verdict, bool):
+        return verdict
+    if getattr(verdict, "ndim", None) != 0 or not str(getattr(verdict, "dtype", "")).endswith("bool"):
+        raise ArgumentTypeError(
+            f"`decider` {decider.name!r}: `decide` returns {shown(verdict)}. Return a bool or a 0-d tensor of bool, "
+            "True to compute."
+        )
+    return bool(verdict)
+
+
+def begin(decider: Decider, times: Tensor) -> Any:
+    """The state of a decider that looks at a signal before step 0, after it was tried on three signals.
+
+    Args:
+        times: [T] float64.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it does not keep to what a decider is, e.g. skips on NaN.
+    """
+    name, at = decider.name, min(1, len(times) - 1)
+    state = ask("decider", name, "init", decider.init, times)
+    check_state("decider", name, state)
+    written = versions((state, times))
+    for sums in (Sums(1.0, 1.0), Sums(1.0, 0.0), Sums(math.nan, math.nan)):
+        now = Moment(at, float(times[at]), len(times), sums)
+        verdict = decided(decider, state, now)
+        check_unwritten("decider", name, "decide", (state, times), written)
+        if math.isnan(sums.numerator) and not verdict:
+            raise ArgumentError(
+                f"`decider` {name!r} skips a step whose signal is NaN. Doubt computes: a comparison with NaN is false, "
+                "so write (signal < threshold) == False for signal >= threshold."
+            )
+        for computed in (True, False):
+            after = ask("decider", name, "update", decider.update, state, now, computed)
+            check_unwritten("decider", name, "update", (state, times), written)
+            check_same_form("decider", name, "update", state, after)
+    return state
+
+
+def needs_numbers(decider: Decider, state: Any) -> str | None:
+    """Why a decider can be in no graph: it branches on what is a tensor there. None if it does not.
+
+    Args:
+        state: before step 0.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        made = [torch.full((), value, dtype=torch.float64) for value in (math.nan, 1.0, 1.0)]
+        step, steps = (torch.full((), value, dtype=torch.int64) for value in (1, 2))
+        now = Moment(step, made[0], steps, Sums(*made[1:]))
+        inside = pytree.tree_map(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, state)
+        try:
+            verdict = decider.decide(inside, now)
+            decider.update(inside, now, torch.as_tensor(verdict))
+        except BEYOND:
+            return (
+                f"`decider` {decider.name!r} asks in Python for the value of a number (`if`, `and`, `not`, `float`), "
+                "and inside a graph it is a tensor without one. Use `|`, `&`, `== False` and torch.where; step(...) "
+                "and step.compile() take it as it is."
+            )
+        except Exception:  # what fake tensors cannot do is for the compiler to say
+            return None
+    return None
 
 
 def doubles(values: Sequence[float] | Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cachekit.asking import BEYOND, ask, check_same_form, check_state, form, shown
 from cachekit.errors import ArgumentError, ArgumentTypeError
 
 
@@ -26,7 +28,7 @@ class Forecaster(NamedTuple):
         init: `init(value) -> state`; only the shape, dtype and device of `value` count. Nothing is known yet.
         update: `update(state, value, now) -> state`, after `value` was computed.
         predict: `predict(state, now) -> value`, with the shape and dtype of the values seen.
-        timed: whether `now` is looked at. It is a `Clock` then, and None for a forecaster that does not look.
+        timed: whether `now` is looked at. It is a `Clock` then, and None for a forecaster that says it does not look.
         overwrite: `update` for a state that was given away: what is as large as the value is written over what the
             state held. None copies what `update` returns.
         memory: how many of the last computed values a forecast looks at, for one that is a fixed linear combination of
@@ -56,11 +58,52 @@ class Forecaster(NamedTuple):
     init: Callable[[Tensor], Any]
     update: Callable[[Any, Tensor, Any], Any]
     predict: Callable[[Any, Any], Tensor]
-    timed: bool
+    timed: bool = True
     overwrite: Callable[[Any, Tensor, Any], Any] | None = None
     memory: int | None = None
     weights: Callable[[Tensor, Tensor, int], Tensor] | None = None
     repaid: Callable[[Tensor, Tensor, int], Tensor] | None = None
+
+
+def check_forecaster(forecaster: Forecaster, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Try a forecaster on values of this kind. Nothing is computed: forms alone count.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it does not keep to what a forecaster is.
+    """
+    name = forecaster.name
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            value = torch.empty(shape, dtype=dtype, device=device)
+            now: Any = None
+            if forecaster.timed:
+                now = Clock(*(torch.empty((), dtype=torch.float32, device=device) for _ in range(2)))
+            state = ask("forecaster", name, "init", forecaster.init, value)
+            check_state("forecaster", name, state)
+            for _ in range(2):
+                after = _timed(forecaster, "update", now, state, value, now)
+                check_same_form("forecaster", name, "update", state, after)
+                state = after
+            found = _timed(forecaster, "predict", now, state, now)
+            if form(found) != form(value):
+                raise ArgumentTypeError(
+                    f"`forecaster` {name!r}: `predict` returns {shown(found)}, and the values it stands for are "
+                    f"{shown(value)}. Return one tensor of their shape and dtype, e.g. with .to(value.dtype)."
+                )
+    except BEYOND:  # it reads a number, or calls what has no fake: the first real step tells
+        return
+
+
+def _timed(forecaster: Forecaster, function: str, now: Clock | None, *arguments: Any) -> Any:
+    try:
+        return ask("forecaster", forecaster.name, function, getattr(forecaster, function), *arguments)
+    except ArgumentError as error:
+        if now is None and isinstance(error.__cause__, (AttributeError, TypeError)) and "None" in str(error.__cause__):
+            raise ArgumentError(
+                f"`forecaster` {forecaster.name!r}: `{function}` looks at the clock, which is None where a forecaster "
+                "says timed=False. Say timed=True."
+            ) from error.__cause__
+        raise
 
 
 def check_order(order: int, dtype: torch.dtype | None) -> None:

@@ -1,5 +1,6 @@
 """One paper a file: a signal, a decider, a forecaster, the defaults and the departures."""
 
+from cachekit.methods._by_hand import by_hand, decide
 from cachekit.methods._faster_cache import faster_cache
 from cachekit.methods._first_block import first_block_cache
 from cachekit.methods._mag import MagRatios, mag_cache, mag_calibration
@@ -10,6 +11,8 @@ from cachekit.methods._taylorseer import taylorseer
 
 __all__ = [
     "MagRatios",
+    "by_hand",
+    "decide",
     "faster_cache",
     "first_block_cache",
     "mag_cache",

@@ -9,6 +9,7 @@ import torch
 
 from cachekit.deciders import Moment, Sums
 from cachekit.deciders._decider import ratio, take
+from cachekit.errors import ArgumentError
 from cachekit.guidance import GUIDANCE, Answered
 from cachekit.running.frames import GRAPH, check_reached
 from cachekit.running.outputs import unconditional
@@ -28,6 +29,8 @@ def run(step: CachedStep, state: State, args: tuple, kwargs: dict[str, Any]) -> 
         state.step < steps, "The state has done all of its timesteps. Start another trajectory with step.init."
     )
     step.opened.prepare_trace()
+    if step.branching is not None:
+        raise ArgumentError(step.branching)
     nan = torch.full((), math.nan, dtype=torch.float64)
     moment = Moment(
         step=state.step,
