@@ -316,8 +316,13 @@ def test_a_stream_without_a_policy_is_not_cached():
     made = piping.piped("wan_two")
     everywhere = ck.step_mask([1, 0, 0] * 4)
     named = {"transformer_2/cond": ck.step_mask([1, 0, 1, 1]), "transformer_2": everywhere, "c": everywhere}
-    with ckd.cached(made.pipe, named) as run:
+    with (
+        ckd.cached(made.pipe, named) as run,
+        pytest.warns(UserWarning, match="`policy` names 'c', and this call had no such stream: it had transf") as said,
+    ):
         piping.image(made)
+        piping.image(made)
+    assert len(said) == 1
     report = run.summary()
     assert {name: (stream.computed, stream.policy) for name, stream in report.streams.items()} == {
         "transformer/cond": ((True,) * 4, "not cached"),

@@ -113,6 +113,7 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
         raise ArgumentError(f"`decider` {decider.name!r} looks at a signal, so it has no plan. Run it.")
     times = trajectory(timesteps)
     steps, unseen = len(times), _Unseen(math.nan, math.nan)
+    unseen.of = decider.name
     state, verdicts = ask("decider", decider.name, "init", decider.init, times), []
     for step, timestep in enumerate(times.tolist()):
         now = Moment(step, timestep, steps, unseen)
@@ -125,10 +126,12 @@ def plan(decider: Decider, timesteps: int | Sequence[float] | Tensor) -> tuple[b
 class _Unseen(Sums):
     """The signal of a plan, which nobody may look at."""
 
+    of: str  # name of the decider that is asked
+
     def __getattribute__(self, name: str) -> Any:
         if name in Sums._fields:
             raise ArgumentError(
-                f"A decider that says static=True looks at `signal.{name}`, and is asked before there is one. Say "
+                f"`decider` {self.of!r} says static=True and looks at `signal.{name}`, which it is asked before. Say "
                 "static=False, and use it with front=1 and a signal."
             )
         return super().__getattribute__(name)

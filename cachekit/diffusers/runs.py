@@ -50,7 +50,7 @@ class Run:
         self._options = options
         self._structure = dict(structure or {})
         self._used: set[str] = set()
-        self._told: set[int] = set()  # ids of policies that were said to have skipped nothing
+        self._told: set[Any] = set()  # keys of policies, and ids of those that have skipped nothing, that were said
         self._names = _transformers(pipe)
         self._scheduler = _scheduler(pipe)
         self._extra: dict[type, int] = {}  # by class of scheduler: how many of its timesteps calls have left over
@@ -103,7 +103,7 @@ class Run:
                 )
                 for key, stream in streams.items()
             },
-            unused=tuple(key for key in self._policies if key != ALL and key not in self._used),
+            unused=self._unused,
         )
 
     def trace(self, transformer: str = "transformer") -> Trace:
@@ -155,6 +155,11 @@ class Run:
     @property
     def _pipe(self) -> Any:
         return self._of()
+
+    @property
+    def _unused(self) -> tuple[str, ...]:
+        """Keys of the mapping of policies that no stream has had yet."""
+        return tuple(key for key in self._policies if key != ALL and key not in self._used)
 
     @property
     def _interrupted(self) -> bool:
@@ -210,9 +215,17 @@ class Run:
             )
 
     def _tell(self, call: Call) -> None:
-        """Say it, once, of every policy that has skipped nothing in a whole call."""
+        """Say it, once, of every policy that no stream has had, or that has skipped nothing in a whole call."""
         if self._interrupted:
             return
+        left = [key for key in self._unused if key not in self._told]
+        if left and call.streams:
+            self._told.update(left)
+            warnings.warn(
+                f"`policy` names {', '.join(map(repr, left))}, and this call had no such stream: it had "
+                f"{', '.join('/'.join(key) for key in call.streams)}. What is not named is not cached.",
+                stacklevel=5,
+            )
         streams: dict[int, dict[str, Stream]] = {}  # by policy, as it was given
         for (component, name), stream in call.streams.items():
             if stream.policy is not None and not stream.recorded and not _calibrates(stream.policy):
