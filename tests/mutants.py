@@ -73,8 +73,8 @@ MUTANTS = (
     ),
     Mutant(
         "deciders/_decider.py",
-        "computed = step == 0 or bool(decider.decide(state, now))",
-        "computed = bool(decider.decide(state, now))",
+        "computed = step == 0 or decided(decider, state, now)",
+        "computed = decided(decider, state, now)",
         "test_deciders.py::test_plan_is_the_steps_one_by_one",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import cachekit as ck
 import cachekit.diffusers as ckd
-from cachekit.diffusers import zoo
+from cachekit.diffusers import schedules, zoo
 
 # Of diffusers' own, where a scheduler makes its timesteps.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -288,3 +289,86 @@ def test_a_scheduler_is_itself_while_a_pipeline_is_called():
     for kind, twin, times in seen:
         assert issubclass(kind, type(real)) and kind.__name__ == type(real).__name__
         assert type(twin) is type(real) and torch.equal(twin.timesteps, times)
+
+
+# Ranges ------------------------------------------------------------------------------------------------------
+
+
+def made(name: str) -> Any:
+    """A scheduler of diffusers with its timesteps set, or None where it needs more than their number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            scheduler = getattr(diffusers, name)()
+            scheduler.set_timesteps(STEPS)
+            return scheduler if len(scheduler.timesteps) > 1 else None
+        except (TypeError, ValueError, KeyError, AttributeError, ImportError, NotImplementedError):
+            return None
+
+
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and "Flax" not in name)
+
+
+def noise_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The timesteps of a scheduler, and the noise there."""
+    schedule = schedules.Schedule(loop(scheduler), "scheduler")
+    place = schedule.look(scheduler.timesteps[0])
+    return tuple(map(float, scheduler.timesteps)), schedule.noise(place, len(scheduler.timesteps))
+
+
+def test_the_noise_falls_from_1000_under_every_scheduler():
+    tried = 0
+    for name in SCHEDULERS:
+        scheduler = made(name)
+        if scheduler is None:
+            continue
+        tried += 1
+        times, noise = noise_of(scheduler)
+        assert 0 < len(noise) <= len(times), name
+        assert all(0 <= level <= 1000 for level in noise), (name, noise)
+        assert all(after <= before for before, after in itertools.pairwise(noise)), (name, noise)
+        assert noise[0] > 700 > noise[-1], (name, noise)
+        if 500 < times[0] <= 1000 and sorted(times, reverse=True) == [*times]:
+            assert noise == times[: len(noise)], name
+    assert tried > 25
+
+
+def test_what_noise_is():
+    """Shares by hand: of flows 1000 sigma; of others the share of sigma beside the data, of which the size is 0.5."""
+    inverted = euler(invert_sigmas=True)
+    inverted.set_timesteps(4)
+    assert noise_of(inverted)[1] == pytest.approx([1000 * float(1 - sigma) for sigma in inverted.sigmas[:4]])
+    edm = diffusers.EDMEulerScheduler()
+    edm.set_timesteps(4)
+    assert noise_of(edm)[1] == pytest.approx([1000 * float(sigma / (sigma + 0.5)) for sigma in edm.sigmas[:4]])
+    angles = diffusers.SCMScheduler()
+    angles.set_timesteps(4, intermediate_timesteps=None)
+    assert noise_of(angles)[1] == pytest.approx([1000, 750, 500, 250])
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "SCMScheduler", "IPNDMScheduler"])
+def test_ranges_hold_on_other_scales(name):
+    pipe = loop(made(name))
+    middle = ck.Policy("the middle", ck.deciders.within(100, 800, ck.deciders.mask([0] * 20)), ck.forecasters.hold())
+    _, run = under(pipe, middle, (12,))
+    (stream,) = run.summary().streams.values()
+    (state,) = run.states.values()
+    noise = state.timesteps.tolist()
+    assert list(stream.computed) == [not 100 < level < 800 or at == 0 for at, level in enumerate(noise)]
+    assert 0 < stream.skipped < len(stream.computed)
+
+
+@pytest.mark.parametrize("times", [torch.linspace(1, 0.1, 6), torch.linspace(1.57, 0, 6), torch.linspace(1, -1.5, 6)])
+def test_a_range_on_another_scale_than_the_timesteps_is_refused(times):
+    model = Tiny().eval()
+    given = (torch.zeros(1, 2, WIDTH), torch.zeros(1), torch.zeros(1, 1, WIDTH))
+    for policy in (
+        ck.Policy("range", ck.deciders.within(100, 800, ck.deciders.mask([0] * 6)), ck.forecasters.hold()),
+        ck.Policy("range", ck.deciders.within(-1, 681, ck.deciders.mask([0] * 6)), ck.forecasters.hold()),
+    ):
+        step = ck.cache(model, policy)
+        with pytest.raises(ck.ArgumentError, match=r"is one of 0\.\.1000, where 1000 is noise"):
+            step.init(times, *given)
+        step.init(1000 * times.clamp(0, 1), *given)
+    own = ck.Policy("range", ck.deciders.within(0.2, 0.9, ck.deciders.mask([0] * 6)), ck.forecasters.hold())
+    assert False in (ck.cache(model, own).plan(times) or ck.Plan((True,))).computed

@@ -76,7 +76,11 @@ def max_skips(skips: int, decider: Decider) -> Decider:
 def within(low: float, high: float, decider: Decider) -> Decider:
     """Reuse only while `low < timestep < high`, open on both ends; compute outside.
 
-    Needs the values of the timesteps at `init`, not only their number.
+    Needs the values of the timesteps at `init`, not only their number, on the scale of the range.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: the ends are no numbers, or the wrong way round; at `init`, the range is one
+            of 0..1000 and the timesteps are not.
     """
     check_number("low", low)
     check_number("high", high)
@@ -89,6 +93,14 @@ def within(low: float, high: float, decider: Decider) -> Decider:
             raise ArgumentError(
                 f"`timesteps` must hold the values for `within({low:g}, {high:g})`, got only their number "
                 f"{len(timesteps)}. Pass the scheduler's timesteps to init."
+            )
+        most = float(timesteps.abs().max())
+        if timesteps[0] != timesteps[-1] and most < 2 < high <= 1000:  # 0..1, angles, logarithms
+            raise ArgumentError(
+                f"`timesteps` go from {float(timesteps[0]):g} to {float(timesteps[-1]):g}, and the range ({low:g}, "
+                f"{high:g}) is one of 0..1000, where 1000 is noise. Pass timesteps of that scale to init, e.g. "
+                f"1000 * timesteps, or give a range on theirs, e.g. ({max(low, 0) / 1000 * most:.3g}, "
+                f"{high / 1000 * most:.3g})."
             )
         return decider.init(timesteps)
 

@@ -198,7 +198,7 @@ class Call:
             used = self.used_with[component] = self._used_with(component)
             check_made_for(policy.made_for, **used)
             times = self.schedule.ahead(place, component)
-            state = stream.step.init(times or 1, *args, **kwargs)
+            state = stream.step.init(self.schedule.noise(place, len(times)) or 1, *args, **kwargs)
             stream.bytes = state_bytes(state)
             stream.setup += time.perf_counter() - started
         if int(state.step) == 1:  # by now every stream of a step has come, and this one not again

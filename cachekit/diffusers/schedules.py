@@ -112,6 +112,14 @@ class Schedule:
         early = ahead[0] >= boundary
         return tuple(itertools.takewhile(lambda time: (time >= boundary) == early, ahead))
 
+    def noise(self, place: Place, steps: int) -> tuple[float, ...]:
+        """How much noise is there at so many timesteps from a place on, from 1000 down to 0: ranges are given in that.
+
+        Most timesteps are that already. Others (0..1, logarithms, rising ones) are converted by the scheduler's sigmas,
+        or, where it has none (angles, numbers of steps), are spread evenly over the schedule.
+        """
+        return _noise(self._called(), None if self._counted else self.scheduler)[place.step :][:steps]
+
     @property
     def surprised(self) -> bool:
         """Whether more calls were expected than there were."""
@@ -210,6 +218,30 @@ class Schedule:
             for scaled in (scale(times.to(time.dtype)), scale(times).to(time.dtype)):
                 places += (scaled == time).nonzero().flatten().tolist()
         return expected if expected in places else next(iter(places), None)
+
+
+def _noise(times: tuple[float, ...], scheduler: Any) -> tuple[float, ...]:
+    """The noise at all timesteps of a schedule, 0..1000."""
+    count = len(times)
+    evenly = tuple(1000 * (1 - at / count) for at in range(count))
+    if any(times == tuple(range(least + count - 1, least - 1, -1)) for least in (0, 1)):
+        return evenly  # numbers of steps that are left
+    if not times or (all(0 <= time <= 1000 for time in times) and times[0] > 2 and _falls(times)):
+        return times
+    if all(0 <= time <= 1 for time in times) and _falls(times):
+        return tuple(1000 * time for time in times)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor) or len(sigmas) < count:
+        return evenly
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float64)[:count]
+    if levels.max() > 1:  # clean data and so many times noise: of the sum, noise is this share
+        levels = levels / (levels + (getattr(scheduler.config, "sigma_data", None) or 1.0))
+    found = tuple((1000 * levels).tolist())
+    return found if _falls(found) else tuple(1000 - level for level in found)
+
+
+def _falls(times: tuple[float, ...]) -> bool:
+    return all(after <= before for before, after in itertools.pairwise(times))
 
 
 def timestep_of(args: tuple, kwargs: dict[str, Any]) -> Tensor | float | None:

@@ -36,7 +36,8 @@ def pyramid_attention_broadcast(
 ) -> Policy:
     """Compute attention every few steps, and return what it last returned in between.
 
-    Needs the values of the timesteps at `init`, on the scale 0..1000.
+    Needs the values of the timesteps at `init`, on the scale 0..1000. In a pipeline those of schedulers on other scales
+    are converted.
 
     Args:
         spatial, temporal, cross: compute this kind of attention every n-th step, n >= 1; None computes it always.
