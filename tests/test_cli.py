@@ -258,6 +258,10 @@ def test_coverage_names_what_it_cannot_try():
     assert "'magic' is none of" in call("coverage", "Prior", "--method", "magic", code=2)
 
 
+def test_the_version_is_said():
+    assert call("--version") == f"cachekit {ck.__version__}, torch {torch.__version__}\n"
+
+
 def test_the_module_is_the_command():
     command = [sys.executable, "-m", "cachekit.coverage", "Prior", "--no-compile", "--method", "mag_cache", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

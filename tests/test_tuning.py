@@ -317,7 +317,9 @@ def test_choose_takes_the_best_of_so_many_steps(recorded):
         (["record", "digits", "--prompt", "12", "--out", "t"], "no digits"),
         (["record", "digits", "--site", "attention", "--out", "t"], "sites"),
         (["record", "./nowhere", "--out", "t"], "nowhere"),
-        (["record", "digits", "--dtype", "int8", "--out", "t", "--set", "height"], None),
+        (["record", "digits", "--out", "t", "--set", "height=8"], "digits takes none"),
+        (["record", "digits", "--out", "t", "--dtype", "bfloat16"], "digits takes none"),
+        (["choose", "TRACE", "digits", "--at-least", "30", "--set", "guidance_scale=3"], "digits takes none"),
         (["replay", "TRACE", "--method", "nothing"], "nothing"),
         (["replay", "TRACE", "--at", "0.1"], "--method"),
         (["plan", "TRACE"], "Give one of"),
@@ -327,14 +329,18 @@ def test_choose_takes_the_best_of_so_many_steps(recorded):
         (["choose", "TRACE", "digits"], "Give one of"),
         (["replay", "TRACE", "--method", "taylorseer", "--at", "2.5"], "whole"),
         (["choose", "TRACE", "digits", "--at-least", "good"], "at_least"),
+        (["choose", "TRACE", "digits", "--at-least", "-45 dB"], "at_least"),
+        (["choose", "TRACE", "digits", "--at-least", "0"], "at_least"),
+        (["plan", "TRACE", "--speedup", "0.5"], "speedup"),
+        (["plan", "TRACE", "--speedup", "nan"], "speedup"),
+        (["plan", "TRACE", "--speedup", "1000", "--costs", "1,0.5"], "out of reach"),
     ],
 )
 def test_what_cannot_be_is_refused(words, named, recorded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [str(recorded) if word == "TRACE" else word for word in words]
-    if named is None:  # what the digits do not ask for does no harm
-        return
-    code = 1 if named in ("sites", "Give one of", "computed", "spline", "at_least") else 2
+    refused = ("sites", "Give one of", "computed", "spline", "at_least", "speedup", "out of reach")
+    code = 1 if named in refused else 2
     assert named in call(*words, code=code)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import torch
 import typer
 
+import cachekit
 from cachekit.cli import bench, coverage, demo, explain, planning
 
 app = typer.Typer(
@@ -15,6 +19,23 @@ app = typer.Typer(
     rich_markup_mode=None,  # the help is plain text: it is read in logs, too
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cachekit {cachekit.__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which release this is.")
+    ] = False,
+) -> None:
+    """Caching for diffusion transformers: look at a model, measure it, tune it on a recording."""
+
+
 app.command(epilog=explain.EXAMPLES)(explain.explain)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=coverage.EXAMPLES)(coverage.coverage)

@@ -58,7 +58,9 @@ Call = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16; bfloat16 if not.")
+]
 Recording = Annotated[Path, typer.Argument(metavar="TRACE", exists=True, dir_okay=False, help="What `record` wrote.")]
 Forecaster = Annotated[
     str, typer.Option(help='What stands in between: "hold", "newton K", "newton K repaid", "taylor K", "two-point W".')
@@ -86,7 +88,7 @@ def record(
     site: Annotated[list[str] | None, typer.Option(help='"output", "chain" or "probe"; all if not.')] = None,
     sketch: Annotated[int | None, typer.Option(min=1, help="How many numbers of a value to keep.")] = None,
     device: Device = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = None,
     picture: Picture = None,
     json_: options.Json = False,
 ) -> None:
@@ -230,7 +232,7 @@ def choose(
     site: Site = "output",
     max_gap: Gap = None,
     device: Device = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = None,
     out: PlanOut = None,
     json_: options.Json = False,
 ) -> None:

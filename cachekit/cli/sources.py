@@ -40,15 +40,18 @@ def source(
     seed: int,
     given: Sequence[str] | None,
     device: str | None,
-    dtype: str,
+    dtype: str | None,
     tick: Callable[[], object],
 ) -> Source:
     """What MODEL names. `tick` is called at every step."""
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs_on(place)
     if model == DIGITS:
+        for hint, value in (("--set", given), ("--dtype", dtype)):
+            if value:
+                raise typer.BadParameter(f"{value!r} is for a pipeline; {DIGITS} takes none", param_hint=hint)
         return Digits(prompts, steps, seed, place, tick)
-    return Pipeline(model, prompts, steps, seed, dict(map(setting, given or ())), place, dtype, tick)
+    return Pipeline(model, prompts, steps, seed, dict(map(setting, given or ())), place, dtype or "bfloat16", tick)
 
 
 class Digits:

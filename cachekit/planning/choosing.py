@@ -279,8 +279,11 @@ def psnr(samples: Tensor, reference: Tensor, peak: float) -> Tensor:
 def _decibels(at_least: Any) -> float:
     try:
         quality = float(at_least.lower().removesuffix("db")) if isinstance(at_least, str) else float(at_least)
-        if math.isnan(quality) or isinstance(at_least, bool):
+        if math.isnan(quality) or isinstance(at_least, bool) or quality <= 0:
             raise ValueError(at_least)
         return quality
     except (ValueError, TypeError) as error:
-        raise ArgumentError(f'`at_least` must be a quality in dB, e.g. "40 dB", got {at_least!r}.') from error
+        raise ArgumentError(
+            f'`at_least` must be a quality in dB, above 0, e.g. "40 dB", got {at_least!r}. At 0 dB the error is as '
+            "large as the range of the data."
+        ) from error

@@ -317,10 +317,12 @@ def _afforded(steps: int, speedup: float, costs: tuple[float, float]) -> int:
     """How many steps may compute for a speed-up."""
     if not isinstance(costs, Sequence) or len(costs) != 2 or not all(map(_number, (*costs, speedup))):
         raise ArgumentTypeError(f"`speedup` must be a number and `costs` two, got {speedup!r} and {costs!r}.")
+    if not 1 <= speedup < math.inf:
+        raise ArgumentError(f"`speedup` must be at least 1, where every step computes, and finite, got {speedup!r}.")
     computing, skipping = costs
     if not computing > skipping >= 0:
         raise ArgumentError(f"`costs` must be of a computed step and, less, of one that is not, got {costs!r}.")
-    most = steps * (computing / speedup - skipping) / (computing - skipping) if speedup > 0 else 0.0
+    most = steps * (computing / speedup - skipping) / (computing - skipping)
     if not most + 1e-9 >= 1:
         raise ArgumentError(
             f"`speedup` {speedup!r} is out of reach: with one step computed and costs {costs!r} it is "
