@@ -98,9 +98,9 @@ def within(low: float, high: float, decider: Decider) -> Decider:
         if timesteps[0] != timesteps[-1] and most < 2 < high <= 1000:  # 0..1, angles, logarithms
             raise ArgumentError(
                 f"`timesteps` go from {float(timesteps[0]):g} to {float(timesteps[-1]):g}, and the range "
-                f"({low:g}, {high:g}) is one of 0..1000, where 1000 is noise. Pass the share of noise on that scale to init, e.g. "
-                "1000 * timesteps where they are 0..1, or give a range on theirs. A pipeline under cachekit.diffusers "
-                "does the first by itself."
+                f"({low:g}, {high:g}) is one of 0..1000, where 1000 is noise. Pass the share of noise on that scale to "
+                "init, e.g. 1000 * timesteps where they are 0..1, or give a range on theirs. A pipeline under "
+                "cachekit.diffusers does the first by itself."
             )
         return decider.init(timesteps)
 
