@@ -34,9 +34,9 @@ def check(part: Policy | Decider | Forecaster, model: nn.Module | None = None, /
     A decider: its state keeps its form; it writes to nothing and says the same twice; doubt (NaN, infinity, a
     denominator of 0) computes; Python numbers and tensors give the same; compiled is eager; a static one looks at no
     signal. A forecaster: the same of its state; only the form of the value counts at `init`; `predict` keeps shape and
-    dtype; a constant is forecast as the constant; `overwrite` is `update`;
-    `weights` are those of `predict`. A policy: its parts, and a model under it, whose decisions and outputs are the
-    same eager, as programs and as one graph, and its plan what it does.
+    dtype; a constant is forecast as the constant; `overwrite` is `update`; `weights` are those of `predict`. A policy:
+    its parts, and a model under it, whose decisions and outputs are the same eager, as programs and as one graph, and
+    its plan what it does.
 
     Args:
         part: a policy, a decider or a forecaster.
@@ -98,12 +98,12 @@ def _check_decider(decider: Decider, draw: torch.Generator) -> None:
             )
         if not decider.static:
             _check_doubt(decider, times, signals)
+    if decider.static:  # a plan is made on the host
+        return
     times = torch.linspace(1000, 1, LENGTHS[0], dtype=torch.float64)
-    state = decider.init(times)
-    if (why := needs_numbers(decider, state)) is not None and not decider.static:
+    if (why := needs_numbers(decider, decider.init(times))) is not None:
         raise ArgumentError(why)
-    if not decider.static:
-        _check_compiled_decider(decider, times, list(_signals(len(times), draw)))
+    _check_compiled_decider(decider, times, list(_signals(len(times), draw)))
 
 
 def _signals(steps: int, draw: torch.Generator) -> Iterator[Sums]:
@@ -245,9 +245,9 @@ def _check_weights(forecaster: Forecaster, draw: torch.Generator) -> None:
         now = torch.tensor(at + 2.0, dtype=torch.float64)
         factors = forecaster.weights(seen, now, 10)
         wanted = torch.einsum("m,m...->...", factors, torch.stack(values[kept]))
+        # At the second step after a computed one, where nothing is repaid any more.
         found = forecaster.predict(state, _clock(forecaster, at + 2))
-        if forecaster.repaid is None:
-            _check_close(forecaster, found, wanted, f"`weights` after {count} values are not those of `predict`")
+        _check_close(forecaster, found, wanted, f"`weights` after {count} values are not those of `predict`")
 
 
 # Policies ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -233,8 +234,8 @@ class CachedStep(nn.Module):
 
     def _allocate(self, found: Found, times: Tensor, mode: AbstractContextManager[Any] | None = None) -> State:
         """The state before step 0; what is remembered of the model is made under `mode`."""
-        self._try(found)
         plan, decider = self._fresh(times, found.layout)
+        self._try(found, decider)
         weights: Any = self._weights(times, plan) if found.layout.guided is not None else ()
         computed, signal = fresh_log(len(times))
         with mode or nullcontext():
@@ -299,26 +300,30 @@ class CachedStep(nn.Module):
         main = site.main if isinstance(site, Span) and len(values) > 1 else 0
         return tuple(fresh_record(value, steps, self.policy.sketch, main=n == main) for n, value in enumerate(values))
 
-    def _try(self, found: Found) -> None:
-        """Try the parts that users may have written on the forms that they will meet, once a form."""
-        policy = self.policy
-        forms = {spec for specs in found.specs for spec in specs} if not policy.recorded else set()
-        for spec in forms - self._tried:
-            check_forecaster(policy.forecaster, spec.shape, spec.dtype, spec.device)
-        self._tried |= forms
-        measured = found.reference or next((spec for specs in found.specs for spec in specs), None)
-        if policy.signal is not None and measured is not None and (policy.signal, measured) not in self._tried:
-            check_signal(policy.signal, measured.shape, measured.dtype, measured.device)
-            self._tried.add((policy.signal, measured))
+    def _try(self, found: Found, decider: Any) -> None:
+        """Try the parts that users may have written on the forms that they will meet, once a form.
+
+        Args:
+            found: of the model.
+            decider: state of the decider before step 0.
+        """
+        policy, forms = self.policy, (found.specs, found.reference)
+        if forms in self._tried:
+            return
+        specs = list(dict.fromkeys(itertools.chain.from_iterable(found.specs)))
+        for spec in specs if not policy.recorded else ():
+            check_forecaster(policy.forecaster, *spec)
+        measured = found.reference or next(iter(specs), None)
+        if policy.signal is not None and measured is not None:
+            check_signal(policy.signal, *measured)
+        if not policy.static:
+            self.branching = needs_numbers(policy.deciders[ALL], decider)
+        self._tried.add(forms)
 
     def _fresh(self, times: Tensor, layout: Layout) -> tuple[Any, Any]:
         policy = self.policy
         if not policy.static:
-            state = begin(policy.deciders[ALL], times)
-            if ALL not in self._tried:
-                self._tried.add(ALL)
-                self.branching = needs_numbers(policy.deciders[ALL], state)
-            return (), state
+            return (), begin(policy.deciders[ALL], times)
         decider = unanswered() if policy.guidance is not None and policy.guidance.separate else ()
         plans = {group: torch.tensor(plan_of(policy.deciders[group], times)) for group in self._groups([layout])}
         return (plans if policy.grouped else plans[ALL]), decider

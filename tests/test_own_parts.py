@@ -193,6 +193,7 @@ FORECASTERS = {
     "hold": ck.forecasters.hold,
     "taylor": lambda: ck.forecasters.taylor(2),
     "newton": lambda: ck.forecasters.newton(2),
+    "newton, repaid": lambda: ck.forecasters.newton(1, repay=True),
     "two-point": ck.forecasters.two_point,
 }
 

@@ -33,7 +33,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which release this is.")
     ] = False,
 ) -> None:
-    """Caching for diffusion transformers: look at a model, measure it, tune it on a recording."""
+    """What is asked of no command. The help is that of the application."""
 
 
 app.command(epilog=explain.EXAMPLES)(explain.explain)

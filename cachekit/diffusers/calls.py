@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cachekit.asking import form as form_of
 from cachekit.diffusers.schedules import Place, Schedule, timestep_of
 from cachekit.diffusers.standins import stand_in, watched
 from cachekit.methods._planned import check_made_for
@@ -161,7 +161,7 @@ class Call:
         stream = self.streams.setdefault((component, name), Stream(given))
         if given is None:
             return stream, self._models[component](*args, **kwargs), True
-        form = _form(args, kwargs)
+        form = form_of((args, kwargs))  # what a state depends on
         partner = self._partner(component, context, name, place, form) if given.guidance is not None else None
         if partner is not None:
             if not _separate(partner.policy):
@@ -279,16 +279,9 @@ def _of(value):
     return value
 
 
-def _form(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What a state depends on: the shapes of the arguments, and which there are."""
-    leaves, treespec = pytree.tree_flatten((args, kwargs))
-    kinds = [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves]
-    return kinds, treespec
-
-
-def _first(form: Any) -> torch.Size | None:
+def _first(form: Any) -> tuple[int, ...] | None:
     """The shape of the first tensor: of what is denoised."""
-    return next((kind[0] for kind in form[0] if isinstance(kind, tuple)), None)
+    return next((kind[0] for kind in form[1] if isinstance(kind, tuple)), None)
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> int:

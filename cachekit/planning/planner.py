@@ -328,7 +328,7 @@ def _afforded(steps: int, speedup: float, costs: tuple[float, float]) -> int:
             f"`speedup` {speedup!r} is out of reach: with one step computed and costs {costs!r} it is "
             f"{steps * computing / (computing + (steps - 1) * skipping):.3g}."
         )
-    return min(steps, math.floor(most + 1e-9))
+    return math.floor(most + 1e-9)
 
 
 def _number(value: Any) -> bool:
