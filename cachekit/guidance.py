@@ -69,19 +69,20 @@ class Guidance:
     Attributes:
         decider: when both halves run; static.
         weigh: `weigh(timesteps, computed) -> [T, 2]`: the weights of low and high at every step.
-        layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `Tokens`.
+        layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `Tokens`; None for frames in its last two
+            dimensions, whatever the order of those before.
         cond_first: whether the batch is [cond, uncond]; else [uncond, cond].
         separate: whether the unconditional half is a call of its own, `step.uncond`.
     """
 
     decider: Decider
     weigh: Callable[[Sequence[float], Sequence[bool]], list[tuple[float, float]]]
-    layout: str | Tokens = "BCFHW"
+    layout: str | Tokens | None = None
     cond_first: bool = False
     separate: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, Tokens) and self.layout not in LAYOUTS:
+        if not isinstance(self.layout, Tokens) and self.layout not in (*LAYOUTS, None):
             raise ArgumentError(
                 f"`layout` must be one of {', '.join(map(repr, LAYOUTS))} or cachekit.Tokens(frames, height, width), "
                 f"got {self.layout!r}."
@@ -160,6 +161,13 @@ class Guidance:
         return rearrange(low, f"{PLANES} -> {TOKENS}") if isinstance(self.layout, Tokens) else low
 
     def _check(self, cond: Tensor) -> None:
+        if self.layout is None:
+            if cond.ndim < 4:
+                raise ArgumentError(
+                    f"`layout` is not known: the model returns {list(cond.shape)}, and nothing tells which of it are "
+                    "rows and columns. Give layout=cachekit.Tokens(frames, height, width)."
+                )
+            return
         if isinstance(self.layout, Tokens):
             fits = cond.ndim == 3 and cond.shape[1] == math.prod(self.layout)
         else:

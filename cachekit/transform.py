@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -318,7 +319,23 @@ class CachedStep(nn.Module):
             check_signal(policy.signal, *measured)
         if not policy.static:
             self.branching = needs_numbers(policy.deciders[ALL], decider)
+        self._tell_lost(found.layout)
         self._tried.add(forms)
+
+    def _tell_lost(self, layout: Layout) -> None:
+        """Say which kinds of modules have a decision of their own, and are not in the model."""
+        deciders = self.policy.decider
+        if not isinstance(deciders, Mapping):
+            return
+        found = self._groups([layout])
+        decides = {id(deciders.get(group)) for group in found}  # of one that is for several kinds, some may be missing
+        lost = [group for group, decider in deciders.items() if group not in found and id(decider) not in decides]
+        if lost:
+            warnings.warn(
+                f"`policy` {self.policy.name!r} decides about {', '.join(lost)}, and no block of "
+                f"{type(self.opened.original).__name__} has that: it has {', '.join(found)}.",
+                stacklevel=4,
+            )
 
     def _fresh(self, times: Tensor, layout: Layout) -> tuple[Any, Any]:
         policy = self.policy

@@ -143,9 +143,7 @@ COMPILED = {
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize(
-    ("name", "way"), [*((name, "programs") for name in COMPILED), ("flux", "regional"), ("latte", "regional")]
-)
+@pytest.mark.parametrize(("name", "way"), [*((name, "programs") for name in COMPILED), ("flux", "regional")])
 def test_compiled_steps_are_kept_from_call_to_call(name, way):
     made = COMPILED[name]()
     few = functools.cache(lambda of, seed: specimens.shallow(of, seed).model)

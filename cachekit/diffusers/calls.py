@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from cachekit.asking import form as form_of
 from cachekit.diffusers.schedules import Place, Schedule, timestep_of
 from cachekit.diffusers.standins import stand_in, watched
+from cachekit.guidance import Tokens
 from cachekit.methods._planned import check_made_for
 from cachekit.policy import Policy
 from cachekit.state import State, state_bytes
@@ -63,7 +65,8 @@ class Call:
         models: its transformers, by name.
         policy_of: transformer, stream -> policy, None to leave the stream alone.
         step_of: transformer, policy -> step.
-        variant: policy, separate -> the policy for guidance in two calls a step, in a batch, or (None) without.
+        variant: policy, separate, tokens -> the policy for guidance in two calls a step, in a batch, or (None) without,
+            and for what the transformer returns.
         separate: whether an earlier call has shown that guidance without names makes two calls a step.
         scales: of guidance, as the pipeline was given them, by argument.
         scheduler: the name of the pipeline's scheduler, if it has one.
@@ -76,7 +79,7 @@ class Call:
         models: dict[str, nn.Module],
         policy_of: Callable[[str, str], Policy | None],
         step_of: Callable[[str, Policy], CachedStep],
-        variant: Callable[[Policy, bool | None], Policy],
+        variant: Callable[[Policy, bool | None, Tokens | None], Policy],
         *,
         separate: bool,
         scales: Mapping[str, float],
@@ -170,7 +173,8 @@ class Call:
                 self.separate = True
                 again, partner.state = partner.inputs, None
                 assert again is not None
-                self._advance(component, partner, self._variant(given, True), place, again, partner.form)
+                policy = self._variant(given, True, tokens_of(again[1]))
+                self._advance(component, partner, policy, place, again, partner.form)
             stream.policy = partner.policy
             out, partner.state = _of(partner.step).uncond(_of(partner.state), *args, **kwargs)
             answered = partner.state.decider
@@ -233,16 +237,17 @@ class Call:
         guidance = policy.guidance
         if guidance is None:
             return policy
+        tokens = tokens_of(kwargs) if guidance.layout is None else None
         guided = getattr(self._pipe, "do_classifier_free_guidance", None)
         if guided is None and name == BOTH:
             # Elsewhere a scale above 1 may be one that the model is told, without a second half.
             guided = getattr(self._pipe, "guidance_scale", 0.0) > 1
         if name == BOTH or (name == UNNAMED and not self.separate and not guidance.separate):
             if guided is True and _batch(args, kwargs) % 2 == 0:
-                return self._variant(policy, False)
+                return self._variant(policy, False, tokens)
             # Without guidance a batch has no halves; where that is not known it may be the first of two calls.
-            return self._variant(policy, None if name == BOTH or guided is False else True)
-        return self._variant(policy, True if name == UNNAMED or _conditional(name) else None)
+            return self._variant(policy, None if name == BOTH or guided is False else True, tokens)
+        return self._variant(policy, True if name == UNNAMED or _conditional(name) else None, tokens)
 
     def _used_with(self, component: str) -> dict[str, Any]:
         """What else than the transformer a trajectory depends on, where the pipeline tells."""
@@ -277,6 +282,38 @@ def _of(value):
     """What is there by now."""
     assert value is not None
     return value
+
+
+def tokens_of(kwargs: Mapping[str, Any]) -> Tokens | None:
+    """How the tokens of a picture or a video lie, as the arguments of a transformer tell; None where they do not.
+
+    Told by the sizes of one picture (`img_shapes`), by `num_frames`, `height` and `width`, or by the place of every
+    token (`img_ids`: frame, row, column) where all of them are one block of rows and columns.
+    """
+    hidden = kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        return None
+    ids, sizes = kwargs.get("img_ids"), pytree.tree_leaves(kwargs.get("img_shapes") or ())
+    found: list[Any]
+    if isinstance(ids, Tensor) and ids.ndim in (2, 3) and ids.shape[-1] >= 3:
+        found = _block(ids.reshape(-1, *ids.shape[-2:])[0, :, :3].cpu())
+    elif sizes:
+        found = sizes[:3] if sizes[:3] * (len(sizes) // 3) == sizes else []  # the same of all entries of the batch
+    else:
+        found = [kwargs.get(name) for name in ("num_frames", "height", "width")]
+    fits = len(found) == 3 and all(isinstance(size, int) for size in found) and math.prod(found) == hidden.shape[1]
+    return Tokens(*found) if fits else None
+
+
+def _block(places: Tensor) -> list[int]:
+    """Frames, rows and columns of tokens at these places [S, 3], or nothing where they are not in this order."""
+    counts = [len(column.unique()) for column in places.T]
+    if math.prod(counts) != len(places):
+        return []
+    block = places.reshape(*counts, 3)
+    lines = [block[..., axis].movedim(axis, -1) for axis in range(3)]
+    rises = all(bool((line == line[0, 0]).all() and (line[0, 0].diff() > 0).all()) for line in lines)
+    return counts if rises else []
 
 
 def _first(form: Any) -> tuple[int, ...] | None:

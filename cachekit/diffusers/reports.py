@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from cachekit.deciders._decider import Moment, Sums
+from cachekit.diffusers.calls import Stream
+from cachekit.guidance import GUIDANCE
 from cachekit.plans import pattern
 from cachekit.policy import Policy
 from cachekit.state import State, human_bytes
@@ -46,6 +49,61 @@ class Report(NamedTuple):
         if self.unused:
             rows.append(f"policies for streams that were not called: {', '.join(self.unused)}")
         return "\n".join(rows)
+
+
+def notes(
+    streams: Mapping[tuple[str, str], Stream],
+    policy_of: Callable[[str, str], Policy | None],
+    unused: Sequence[str],
+) -> Iterator[tuple[Any, str]]:
+    """What a whole call shows of policies that do less than they seem to, each with a key by which it is said once.
+
+    Args:
+        streams: of the call, by transformer and name.
+        policy_of: transformer, name -> the policy as it was given.
+        unused: keys of the mapping of policies that no stream has.
+    """
+    if streams:
+        there = ", ".join("/".join(key) for key in streams)
+        for key in unused:
+            yield (
+                key,
+                f"`policy` names {key!r}, and no call is that: there are {there}. What has no name is not cached.",
+            )
+    of_policy: dict[int, dict[str, Stream]] = {}
+    given: dict[int, Policy] = {}
+    for (component, name), stream in streams.items():
+        policy = policy_of(component, name)
+        if policy is not None and not stream.recorded and not _calibrates(policy):
+            given[id(policy)] = policy
+            of_policy.setdefault(id(policy), {})[f"{component}/{name}"] = stream
+    for key, of in of_policy.items():
+        calls = [computed for stream in of.values() for computed in stream.computed]
+        states = {name: stream.state for name, stream in of.items() if stream.state is not None}
+        if given[key].guidance is not None and not any(map(_guided, of.values())):
+            yield (
+                (key, GUIDANCE),
+                f"`policy` {given[key].name!r} leaves the unconditional half of guidance out, and {', '.join(of)} had "
+                "none in this call: attention alone was left out. Call the pipeline with guidance (a scale above 1, a "
+                "negative prompt where it has true_cfg_scale), or give the policy cfg=None.",
+            )
+        alone = all(len(stream.computed) == 1 for stream in of.values())  # of one step none can be skipped
+        if all(calls) and not alone and states:
+            policy = of[next(iter(states))].policy
+            assert policy is not None
+            idle = f"`policy` {policy.name!r} has skipped nothing in {len(calls)} calls of {', '.join(of)}. "
+            yield key, idle + why_idle(policy, states)
+
+
+def _guided(stream: Stream) -> bool:
+    """Whether there was an unconditional half: in the batch, or answered from a conditional call."""
+    guidance = None if stream.policy is None else stream.policy.guidance
+    return guidance is not None and (not guidance.separate or stream.state is None)
+
+
+def _calibrates(policy: Policy) -> bool:
+    """Whether it computes every step to measure something: what it measures decides nothing."""
+    return policy.static and policy.signal is not None
 
 
 def why_idle(policy: Policy, states: dict[str, State]) -> str:

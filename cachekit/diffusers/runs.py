@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from cachekit.diffusers.calls import Call, Stream
+from cachekit.diffusers.calls import Call
 from cachekit.diffusers.compat import refuse, refuse_hooks
 from cachekit.diffusers.configs import from_config, is_config
-from cachekit.diffusers.reports import Report, StreamReport, why_idle
+from cachekit.diffusers.reports import Report, StreamReport, notes
 from cachekit.diffusers.standins import MARK, pipeline_class
 from cachekit.errors import ArgumentError, ArgumentTypeError, StateError, StructureError
+from cachekit.guidance import Tokens
 from cachekit.planning.sampler import step_sizes
 from cachekit.planning.trace import Trace
 from cachekit.policy import Policy
@@ -50,7 +51,7 @@ class Run:
         self._options = options
         self._structure = dict(structure or {})
         self._used: set[str] = set()
-        self._told: set[Any] = set()  # keys of policies, and ids of those that have skipped nothing, that were said
+        self._told: set[Any] = set()  # keys of notes
         self._names = _transformers(pipe)
         self._scheduler = _scheduler(pipe)
         self._extra: dict[type, int] = {}  # by class of scheduler: how many of its timesteps calls have left over
@@ -59,7 +60,7 @@ class Run:
         self._lock = threading.Lock()
         self._here = threading.local()
         weakref.finalize(pipe, self._steps.clear)
-        self._variants: dict[tuple[int, bool | None], Policy] = {}
+        self._variants: dict[tuple[int, bool | None, Any], Policy] = {}
         self._separate = False
         self._last: Call | None = None
         for key in self._policies:
@@ -215,35 +216,13 @@ class Run:
             )
 
     def _tell(self, call: Call) -> None:
-        """Say it, once, of every policy that no stream has had, or that has skipped nothing in a whole call."""
+        """Say, once each, what a whole call has shown of the policies."""
         if self._interrupted:
             return
-        left = [key for key in self._unused if key not in self._told]
-        if left and call.streams:
-            self._told.update(left)
-            warnings.warn(
-                f"`policy` names {', '.join(map(repr, left))}, and this call had no such stream: it had "
-                f"{', '.join('/'.join(key) for key in call.streams)}. What is not named is not cached.",
-                stacklevel=5,
-            )
-        streams: dict[int, dict[str, Stream]] = {}  # by policy, as it was given
-        for (component, name), stream in call.streams.items():
-            if stream.policy is not None and not stream.recorded and not _calibrates(stream.policy):
-                streams.setdefault(id(self._policy_of(component, name)), {})[f"{component}/{name}"] = stream
-        for key, of in streams.items():
-            calls = [computed for stream in of.values() for computed in stream.computed]
-            states = {name: stream.state for name, stream in of.items() if stream.state is not None}
-            alone = all(len(stream.computed) == 1 for stream in of.values())  # of one step none can be skipped
-            if key in self._told or not all(calls) or alone or not states:
-                continue
-            policy = of[next(iter(states))].policy
-            assert policy is not None
-            self._told.add(key)
-            warnings.warn(
-                f"`policy` {policy.name!r} has skipped nothing in {len(calls)} calls of {', '.join(of)}. "
-                f"{why_idle(policy, states)}",
-                stacklevel=5,
-            )
+        for key, note in notes(call.streams, self._policy_of, self._unused):
+            if key not in self._told:
+                self._told.add(key)
+                warnings.warn(note, stacklevel=5)
 
     def _scales(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
         """What the pipeline is given as scales of guidance, by argument."""
@@ -298,17 +277,24 @@ class Run:
                 return self._policies[key]
         return None
 
-    def _variant(self, policy: Policy, separate: bool | None) -> Policy:
-        """A policy for guidance in two calls a step, in a batch, or (None) without guidance: made once."""
+    def _variant(self, policy: Policy, separate: bool | None, tokens: Tokens | None) -> Policy:
+        """A policy for guidance in two calls a step, in a batch, or (None) without guidance: made once.
+
+        Args:
+            policy, separate: which, and for what.
+            tokens: how what the transformer returns is laid out, for a policy that leaves that to be found.
+        """
         guidance = policy.guidance
         assert guidance is not None
-        if guidance.separate == separate:
+        layout = tokens if guidance.layout is None else guidance.layout
+        if (guidance.separate, guidance.layout) == (separate, layout):
             return policy
         if separate is None:
             made = dataclasses.replace(policy, guidance=None, name=f"{policy.name} without guidance")
         else:
-            made = dataclasses.replace(policy, guidance=dataclasses.replace(guidance, separate=separate))
-        return self._variants.setdefault((id(policy), separate), made)
+            guided = dataclasses.replace(guidance, separate=separate, layout=layout)
+            made = dataclasses.replace(policy, guidance=guided)
+        return self._variants.setdefault((id(policy), separate, layout), made)
 
     def _step_of(self, component: str, policy: Policy) -> CachedStep:
         return self._step(component, self._pipe.__dict__[component], policy)
@@ -476,11 +462,6 @@ def _policy(name: str, value: Any) -> Policy:
         f"`{name}` must be a Policy, a cache config of diffusers or a mapping to such, got {type(value).__name__}. Use "
         "e.g. cachekit.first_block_cache(0.1)."
     )
-
-
-def _calibrates(policy: Policy) -> bool:
-    """Whether it computes every step to measure something: what it measures decides nothing."""
-    return policy.static and policy.signal is not None
 
 
 def _scheduler(pipe: DiffusionPipeline) -> str | None:

@@ -35,7 +35,7 @@ def faster_cache(
     high_range: Range = (-1, 301),
     alpha_low: float | None = None,
     alpha_high: float | None = None,
-    layout: str | Tokens = "BCFHW",
+    layout: str | Tokens | None = None,
     cfg: str | None = "batched",
     semantics: str = "paper",
 ) -> Policy:
@@ -54,7 +54,9 @@ def faster_cache(
         low_range, high_range: where the low and the high frequencies of what it adds are weighted by `alpha_low` and
             `alpha_high`; elsewhere by 1.
         alpha_low, alpha_high: None for 1.2 under "paper", 1.1 under "diffusers", where they compound over reused steps.
-        layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `cachekit.Tokens(frames, height, width)`.
+        layout: of what the model returns: "BCHW", "BCFHW", "BFCHW" or `cachekit.Tokens(frames, height, width)`. None
+            finds it: of four or five dimensions the last two are rows and columns; of tokens a pipeline tells
+            (`cachekit.diffusers`), and elsewhere they need `cachekit.Tokens`.
         cfg: "batched" for a batch [uncond, cond]; "batched_cond_first" for [cond, uncond]; "separate" for two calls a
             step, see below; None for a model without guidance (distilled): then only attention is left out.
         semantics: "paper", or "diffusers", whose hooks leave temporal attention alone, take a forecast for the value
