@@ -304,14 +304,22 @@ def _forgotten(record: Record) -> str | None:
 
 
 def _helpers(blocks: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """One object of every class that modules of the blocks keep and call without its being a module."""
+    """One object of every class that modules of the blocks keep and call without its being a module.
+
+    Not of PyTorch's own, such as those that a compiled module keeps: nobody asks for their signature, and Dynamo follows
+    none of their calls.
+    """
     found: dict[type, Any] = {}
     for block in blocks:
         for module in block.modules():
             for value in vars(module).values():
                 if not isinstance(value, (type, types.FunctionType, types.MethodType)) and callable(type(value)):
                     found.setdefault(type(value), value)
-    return tuple(value for value in found.values() if isinstance(type(value).__call__, types.FunctionType))
+    return tuple(
+        value
+        for kind, value in found.items()
+        if isinstance(kind.__call__, types.FunctionType) and kind.__module__.partition(".")[0] != "torch"
+    )
 
 
 def _named(model: nn.Module, chain: Chain) -> list[str]:
