@@ -38,8 +38,9 @@ docs: setup            ## draw the pictures and build the documents into site/
 	$(BIN)/python docs/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-coverage: setup        ## try every method on every class, compiled too; writes docs/coverage.{json,md}
+coverage: setup        ## try every method on every class, compiled too, and every scheduler; writes docs/coverage.{json,md}, schedulers.md
 	$(BIN)/python -m cachekit.coverage --jobs 2 --save docs/coverage.json --markdown docs/coverage.md
+	$(BIN)/python -m cachekit.coverage.schedulers docs/schedulers.md
 
 lint: setup            ## format, lint, types
 	$(BIN)/ruff format --check .

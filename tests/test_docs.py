@@ -160,7 +160,7 @@ def test_a_decider_and_a_forecaster_of_your_own_are_short():
     assert len(made) == 2 and all(len(block.code.split("\n")) < 30 for block in made)
 
 
-COMPANIONS = {"docs/command-line.md", "docs/coverage.md"}
+COMPANIONS = {"docs/command-line.md", "docs/coverage.md", "docs/schedulers.md"}
 """Pages about commands and tables."""
 
 

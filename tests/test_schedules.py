@@ -6,67 +6,34 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import cachekit as ck
 import cachekit.diffusers as ckd
+from cachekit.coverage import schedulers as samplers
+from cachekit.coverage.schedulers import STEPS, WIDTH, Tiny
 from cachekit.diffusers import schedules, zoo
 
 # Of diffusers' own, where a scheduler makes its timesteps.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-WIDTH, STEPS = 8, 8
 MASK = (1, 0, 0, 1, 0, 1, 0, 0)
 
 
-class Block(nn.Module):
-    """A network with a residual that depends on the time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x, time):
-        """New tokens."""
-        return x + 0.3 * self.down(torch.tanh(self.up(x) + time))
-
-
-class Tiny(nn.Module):
-    """[B, L, D] -> [B, L, D]; timesteps on any scale."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.transformer_blocks = nn.ModuleList(Block() for _ in range(3))
-        self.text = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, hidden_states, timestep, encoder_hidden_states):
-        """What is to be taken away."""
-        time = torch.cos(timestep.float().reshape(timestep.shape[0], -1).mean(1) / 100)[:, None, None]
-        x = hidden_states + self.text(encoder_hidden_states)
-        for block in self.transformer_blocks:
-            x = block(x, time)
-        return x
-
-
-class Loop(DiffusionPipeline):
-    """A loop over the timesteps of a scheduler, which tells as little as one can."""
+class Loop(samplers.Loop):
+    """One that gives timesteps on any scale, is guided, goes through them again, or leaves some out."""
 
     def __init__(self, transformer: nn.Module, **schedulers: Any) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, **schedulers)
-        self.set_progress_bar_config(disable=True)
-        self.name = next(iter(schedulers))
+        super().__init__(transformer, **schedulers)
         self.given: Callable[[Tensor], Tensor] = lambda t: t
         self.guided, self.last, self.rounds = False, None, 1
-        self.calls: list[float] = []
 
     def __call__(self, counts: Sequence[int] = (STEPS,)) -> Tensor:
         """Stages, each of so many steps and twice as many tokens as the one before."""
@@ -86,12 +53,12 @@ class Loop(DiffusionPipeline):
 
     def step(self, scheduler: Any, given: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """One step of the sampler."""
-        out = self.ask(given, t, 1.0)
+        out = self.ask(given, t)
         if self.guided:
             out = out + 0.5 * (out - self.ask(given, t, -1.0))
         return scheduler.step(0.1 * out, t, x, return_dict=False)[0]
 
-    def ask(self, x: Tensor, t: Tensor, text: float) -> Tensor:
+    def ask(self, x: Tensor, t: Tensor, text: float = 1.0) -> Tensor:
         self.calls.append(float(t))
         words = torch.full((1, 1, WIDTH), text)
         return self.transformer(x, timestep=self.given(t).expand(1), encoder_hidden_states=words)
@@ -306,9 +273,6 @@ def made(name: str) -> Any:
             return None
 
 
-SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler") and "Flax" not in name)
-
-
 def noise_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The timesteps of a scheduler, and the noise there."""
     schedule = schedules.Schedule(loop(scheduler), "scheduler")
@@ -318,7 +282,7 @@ def noise_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def test_the_noise_falls_from_1000_under_every_scheduler():
     tried = 0
-    for name in SCHEDULERS:
+    for name in samplers.names():
         scheduler = made(name)
         if scheduler is None:
             continue
@@ -372,3 +336,35 @@ def test_a_range_on_another_scale_than_the_timesteps_is_refused(times):
         step.init(1000 * times.clamp(0, 1), *given)
     own = ck.Policy("range", ck.deciders.within(0.2, 0.9, ck.deciders.mask([0] * 6)), ck.forecasters.hold())
     assert False in (ck.cache(model, own).plan(times) or ck.Plan((True,))).computed
+
+
+# Every scheduler ---------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[1] / "docs" / "schedulers.md"
+
+
+@pytest.mark.parametrize("name", samplers.names())
+def test_every_scheduler_is_on_the_page_and_goes_well(name):
+    page = PAGE.read_text(encoding="utf-8")
+    for row in map(samplers.cover, itertools.repeat(name), samplers.variants(name)):
+        assert not row.flaw, row
+        shown = f"- {name}" if row.reason else samplers.line(row)
+        assert f"\n{shown}" in page, shown
+
+
+def test_the_page_is_of_the_schedulers_of_today():
+    page = PAGE.read_text(encoding="utf-8")
+    assert f"diffusers {diffusers.__version__}, " in page
+    for name in samplers.OTHERS:  # by the name of one that is gone nobody is excused
+        assert name in samplers.names(), name
+
+
+def test_a_wrong_number_of_steps_is_a_flaw(monkeypatch):
+    monkeypatch.setattr(schedules.Schedule, "ahead", lambda self, place, component: (900.0, 500.0, 100.0))
+    assert samplers.cover("DDIMScheduler", {}).flaw.endswith("steps were believed, 8 were made")
+
+
+def test_a_last_call_that_counts_for_nothing_is_found():
+    """What the last call returns, ten times as much of it, is in the sample of DDIM, and not in that of PNDM."""
+    ddim, pndm = (samplers.cover(name, {}) for name in ("DDIMScheduler", "PNDMScheduler"))
+    assert (ddim.thrown_away, pndm.thrown_away) == (False, True)

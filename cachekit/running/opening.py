@@ -306,8 +306,8 @@ def _forgotten(record: Record) -> str | None:
 def _helpers(blocks: Sequence[nn.Module]) -> tuple[Any, ...]:
     """One object of every class that modules of the blocks keep and call without its being a module.
 
-    Not of PyTorch's own, such as those that a compiled module keeps: nobody asks for their signature, and Dynamo follows
-    none of their calls.
+    Not of PyTorch's own, such as those that a compiled module keeps: nobody asks for their signature, and Dynamo
+    follows none of their calls.
     """
     found: dict[type, Any] = {}
     for block in blocks:
