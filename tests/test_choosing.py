@@ -71,7 +71,8 @@ def test_choosing_takes_the_plan_that_keeps_most():
         assert choice.plan.steps == wanted.steps and choice.at_least is None
         assert [plan.steps for plan, _ in choice.measured] == [plan.steps for plan in plans]  # no plan is run twice
         assert max(quality for _, quality in choice.measured) == pytest.approx(60)
-        assert str(choice).endswith("dB") and "measured:" in str(choice)
+        assert choice.origins == ("planned", "planned, spread 0.6", "planned, spread 0.2")
+        assert str(choice).endswith("dB  planned, spread 0.2") and "measured:" in str(choice)
         assert ck.choose(trace, sample, computed=5, spreads=(None,), even=False, peak=1.0).plan.steps == plans[0].steps
 
 
@@ -156,6 +157,7 @@ def test_refining_moves_single_steps_and_keeps_what_is_better():
     better, seen[:] = seen[4], []
     choice = ck.choose(trace, ran({better: 0.01}, seen), computed=5, refine=9, **options)
     assert choice.plan.steps == better and len(seen) == len(choice.measured) == 1 + 9
+    assert choice.origins == (everything.origins[0], *("refined",) * 9)
     assert choice.plan.error == pytest.approx(predicted[3]) and len(choice.plan.steps) == 5
     assert all(len({*nodes} - {*better}) <= 1 for nodes in seen[5:])
     seen[:] = []

@@ -288,7 +288,8 @@ def test_kinds_that_the_model_has_not_cost_nothing():
     model = byhand.net()
     policy = ck.pyramid_attention_broadcast(2, temporal=3, spatial_range=(0, 2000), temporal_range=(0, 2000))
     step = ck.cache(model, policy)
-    _, state = run(step, TIMES)
+    with pytest.warns(UserWarning, match="decides about temporal, and no block of Net has that: it has spatial"):
+        _, state = run(step, TIMES)
     assert ck.summary(state).computed == tuple(index % 2 == 0 for index in range(STEPS))
     assert step.plan(TIMES).kinds.keys() == {"spatial"}
     text = str(step.explain(TIMES, *feed(0)))

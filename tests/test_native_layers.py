@@ -130,6 +130,7 @@ def run(step: ck.CachedStep) -> tuple[list[Tensor], ck.State]:
     return outs, state
 
 
+@pytest.mark.filterwarnings("ignore:.*decides about cross")  # which the decoder alone has
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)

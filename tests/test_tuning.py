@@ -339,7 +339,7 @@ def test_choose_takes_the_best_of_so_many_steps(recorded):
 def test_what_cannot_be_is_refused(words, named, recorded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [str(recorded) if word == "TRACE" else word for word in words]
-    refused = ("sites", "Give one of", "computed", "spline", "at_least", "speedup", "out of reach")
+    refused = ("sites", "Give one of", "computed", "at_least", "speedup", "out of reach")
     code = 1 if named in refused else 2
     assert named in call(*words, code=code)
 

@@ -75,9 +75,11 @@ def _read(path: Path) -> dict[str, Any]:
     """Findings that were saved."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in found["rows"].values() if row["class"] and row["methods"].values()]
-        if len(rows) != len(found["rows"]):
-            raise ValueError("a row is empty")
+        for row in (*found["rows"].values(), *found.get("weights", {}).values()):
+            if not isinstance(row["class"], str) or not row["methods"]:
+                raise ValueError("a row is empty")
+            if not all(isinstance(finding["verdict"], str) for finding in row["methods"].values()):
+                raise ValueError("a finding has no verdict")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise typer.BadParameter(f"{path} holds no findings ({error!r})", param_hint="--against") from error

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from cachekit.cli.options import dtype_of
+from cachekit.cli.options import described, dtype_of
 from cachekit.diffusers import inputs, zoo
 
 
@@ -73,10 +73,10 @@ def _configs(model: str, config: Path | None) -> list[tuple[str, dict[str, Any]]
         index: Any = DiffusionPipeline.load_config(model)
         parts = [name for name, entry in index.items() if _is_transformer(name, entry)]
         configs: dict[str, Any] = {name: _Config.load_config(model, subfolder=name) for name in parts}
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:
         raise typer.BadParameter(
-            f"{model!r} is no folder here, and the hub gave no pipeline of that name: {first}", param_hint="MODEL"
+            f"{model!r} is no folder here, and the hub gave no pipeline of that name: {described(error)}",
+            param_hint="MODEL",
         ) from error
     if not configs:
         raise typer.BadParameter(f"the pipeline {model} has no transformer", param_hint="MODEL")
@@ -124,8 +124,9 @@ def _built(
         warnings.simplefilter("ignore")
         try:
             model: Any = cls.from_config(settings)
-        except (TypeError, ValueError) as error:
-            raise typer.BadParameter(f"{class_name} refuses its configuration: {error}", param_hint="MODEL") from error
+        except Exception as error:  # whatever a class makes of numbers that it cannot be built with
+            reason = f"{class_name} refuses its configuration: {described(error)}"
+            raise typer.BadParameter(reason, param_hint="MODEL") from error
     batch, frames, height, width = size
     for side, pixels in (("height", height), ("width", width)):
         if pixels % (2 * kind.pixels):

@@ -55,11 +55,12 @@ Ratios = Annotated[
     Path | None,
     typer.Option(exists=True, dir_okay=False, help="For mag_cache, what MagRatios.save wrote; FLUX.1's if not."),
 ]
-Steps = Annotated[int, typer.Option(min=2, help="Denoising steps.")]
-Height = Annotated[int, typer.Option(min=16, help="In pixels.")]
-Width = Annotated[int, typer.Option(min=16, help="In pixels.")]
-Frames = Annotated[int, typer.Option(min=1, help="Of a video.")]
-Batch = Annotated[int, typer.Option(min=1, help="Samples in one call of the model.")]
+# Beyond these ends a slip of the finger would only fill the memory.
+Steps = Annotated[int, typer.Option(min=2, max=10_000, help="Denoising steps.")]
+Height = Annotated[int, typer.Option(min=16, max=32_768, help="In pixels.")]
+Width = Annotated[int, typer.Option(min=16, max=32_768, help="In pixels.")]
+Frames = Annotated[int, typer.Option(min=1, max=10_000, help="Of a video.")]
+Batch = Annotated[int, typer.Option(min=1, max=4_096, help="Samples in one call of the model.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -128,6 +129,13 @@ def writable(hint: str, path: Path | None) -> None:
     """Refuse a file that cannot be written before anything has run for it."""
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {path.absolute().parent}", param_hint=hint)
+
+
+def described(error: Exception) -> str:
+    """The first line of what another library raised, and of which kind it is where that line says too little."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    return lines[0] if lines and isinstance(error, (OSError, ValueError)) else f"{kind}: {lines[0]}" if lines else kind
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -56,7 +56,7 @@ Call = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Argument of the pipeline's call: --set guidance_scale=3.5"),
 ]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise.")]
 Device = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
 Dtype = Annotated[
     str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16 or float16; bfloat16 if not.")
@@ -151,7 +151,7 @@ def replay(
                     said.append(f"{name} is left out. {error}")
             said += [str(each.message) for each in caught]
         site = "output" if "output" in recorded.sites else "chain"
-        plans = ck.frontier(recorded, forecaster=ck.forecasters.named(forecaster), site=site)
+        plans = ck.frontier(recorded, forecaster=_forecaster(forecaster), site=site)
         if picture is not None:
             replays = {name: each.replays for name, each in swept.items()}
             _draw(picture, lambda pictures: pictures.front(plans, replays))
@@ -205,7 +205,7 @@ def plan(
             speedup=speedup,
             error=error,
             costs=_pair(costs),
-            forecaster=ck.forecasters.named(forecaster),
+            forecaster=_forecaster(forecaster),
             site=site,
             max_gap=max_gap,
         )
@@ -252,11 +252,14 @@ def choose(
                 computed=computed,
                 peak=peak,
                 refine=refine,
-                forecaster=ck.forecasters.named(forecaster),
+                forecaster=_forecaster(forecaster),
                 site=site,
                 max_gap=max_gap,
             )
-    measured = [{"computed": len(plan.steps), "psnr": _finite(quality)} for plan, quality in choice.measured]
+    measured = [
+        {"computed": len(plan.steps), "psnr": _finite(quality), "origin": origin}
+        for (plan, quality), origin in zip(choice.measured, choice.origins, strict=True)
+    ]
     _give(choice.plan, out, json_, shown=str(choice), measured=measured)
 
 
@@ -277,6 +280,14 @@ def _about(trace: ck.Trace) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """JSON knows no infinity."""
     return value if math.isfinite(value) else None
+
+
+def _forecaster(name: str) -> ck.forecasters.Forecaster:
+    try:
+        return ck.forecasters.named(name)
+    except ck.ArgumentError as error:
+        known = '"hold", "newton K", "newton K repaid", "taylor K", "two-point W"'
+        raise typer.BadParameter(f"{name!r} is none of {known}", param_hint="--forecaster") from error
 
 
 def _whole(number: float) -> int:

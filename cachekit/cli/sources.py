@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import cachekit as ck
 import cachekit.diffusers as ckd
-from cachekit.cli.options import dtype_of, runs_on, setting
+from cachekit.cli.options import described, dtype_of, runs_on, setting
 from cachekit.demo.sample import GUIDANCE, Stream, sample, timesteps
 from cachekit.diffusers import digits
 
@@ -114,15 +115,19 @@ class Pipeline:
         kind = dtype_of(dtype)
         try:
             self._pipe: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=kind).to(device)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever diffusers makes of files that are no pipeline
             where = "no pipeline can be read from this folder" if Path(model).is_dir() else "the hub gave no pipeline"
-            raise typer.BadParameter(f"{model!r}: {where}: {first}", param_hint="MODEL") from error
+            raise typer.BadParameter(f"{model!r}: {where}: {described(error)}", param_hint="MODEL") from error
         self._pipe.set_progress_bar_config(disable=True)
         self._name, self._seed = type(self._pipe).__name__, seed
         self._given = {"num_inference_steps": steps, "output_type": "np", **given}
+        self._named = {"prompt", *given}
         if prompts:
             self._given["prompt"] = list(prompts) if len(prompts) > 1 else prompts[0]
+        known = inspect.signature(type(self._pipe).__call__).parameters
+        for name in given:
+            if name not in known:
+                raise typer.BadParameter(f"{self._name} takes no {name!r}", param_hint="--set")
         if "callback_on_step_end" in self._pipe.__call__.__code__.co_varnames:
             self._given["callback_on_step_end"] = lambda pipe, step, timestep, kwargs: tick() or kwargs
 
@@ -148,5 +153,12 @@ class Pipeline:
 
     def _call(self) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed)
-        out = self._pipe(**self._given, generator=generator, return_dict=False)[0]
+        try:
+            out = self._pipe(**{"generator": generator, **self._given, "return_dict": False})[0]
+        except ck.CacheError:
+            raise
+        except Exception as error:  # whatever a pipeline makes of what it is called with
+            given = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if name in self._named)
+            reason = f"{self._name} fails with {given or 'no prompt'}: {described(error)}"
+            raise typer.BadParameter(reason, param_hint="--prompt, --set") from error
         return torch.as_tensor(out).detach().cpu()

@@ -107,29 +107,28 @@ def faster_cache(
         raise ArgumentError(f"`cfg` must be one of {', '.join(map(repr, CFG))}, got {cfg!r}.")
     theirs = semantics == "diffusers"
     decider = broadcast("attention", attention, attention_range)
-    guidance = None
-    if cfg is not None:
-        alphas = tuple((1.1 if theirs else 1.2) if alpha is None else alpha for alpha in (alpha_low, alpha_high))
-        for name, alpha in zip(("alpha_low", "alpha_high"), alphas, strict=True):
-            deciders.check_number(name, alpha)
-            if not math.isfinite(alpha):
-                raise ArgumentError(f"`{name}` must be finite, got {alpha!r}. 1 adds back what was measured.")
-        for name, span in (("low", low_range), ("high", high_range)):
-            broadcast(name, 1, span)  # for its checks
-        guidance = Guidance(
-            decider=broadcast("uncond", uncond, uncond_range),
-            weigh=_weights((low_range, high_range), alphas, compounding=theirs),
-            layout=layout,
-            cond_first=cfg == "batched_cond_first",
-            separate=cfg == "separate",
-        )
+    # Without guidance what is said of it is looked at all the same: a mistake is one there, too.
+    alphas = tuple((1.1 if theirs else 1.2) if alpha is None else alpha for alpha in (alpha_low, alpha_high))
+    for name, alpha in zip(("alpha_low", "alpha_high"), alphas, strict=True):
+        deciders.check_number(name, alpha)
+        if not math.isfinite(alpha):
+            raise ArgumentError(f"`{name}` must be finite, got {alpha!r}. 1 adds back what was measured.")
+    for name, span in (("low", low_range), ("high", high_range)):
+        broadcast(name, 1, span)  # for its checks
+    guidance = Guidance(
+        decider=broadcast("uncond", uncond, uncond_range),
+        weigh=_weights((low_range, high_range), alphas, compounding=theirs),
+        layout=layout,
+        cond_first=cfg == "batched_cond_first",
+        separate=cfg == "separate",
+    )
     shown = f"attention {attention}" + ("" if cfg is None else f", uncond {uncond}")
     return Policy(
         name=f"faster_cache({shown})",
         decider={"spatial": decider} if theirs else {"spatial": decider, "temporal": decider},
         forecaster=forecasters.two_point(weight, feedback=theirs),
         sites=LISTS if theirs else "attention",
-        guidance=guidance,
+        guidance=None if cfg is None else guidance,
     )
 
 

@@ -41,10 +41,12 @@ class Choice(NamedTuple):
     plan: Plan
     measured: tuple[tuple[Plan, float], ...]  # of every run, in the order they were made, what it kept: dB of PSNR
     at_least: float | None  # dB, where that was asked for
+    origins: tuple[str, ...]  # of every run, where its plan came from
 
     def __str__(self) -> str:
         rows = [f"{self.plan}", "measured:" if self.at_least is None else f"measured, to keep {self.at_least:g} dB:"]
-        rows += [f"  {len(plan.steps):>3} computed  {quality:6.2f} dB" for plan, quality in self.measured]
+        for (plan, quality), origin in zip(self.measured, self.origins, strict=True):
+            rows.append(f"  {len(plan.steps):>3} computed  {quality:6.2f} dB  {origin}")
         return "\n".join(rows)
 
 
@@ -129,7 +131,7 @@ def choose(
     if computed is not None:
         best = runs.best(plans.of(computed))
         best = runs.refined(best, plans, most=len(runs.measured) + refine)
-        return Choice(best, tuple(runs.measured), None)
+        return Choice(best, tuple(runs.measured), None, plans.origins(runs.measured))
     # The last one computes every step: it is what it is held against.
     low, high, enough = 0, len(counts) - 1, plans.of(counts[-1])[0]
     while low < high:
@@ -146,7 +148,7 @@ def choose(
         if runs.kept(found) < wanted:
             break
         enough = found
-    return Choice(enough, tuple(runs.measured), wanted)
+    return Choice(enough, tuple(runs.measured), wanted, plans.origins(runs.measured))
 
 
 class _Plans:
@@ -167,6 +169,10 @@ class _Plans:
             for spread in spreads
         ]
         self.counts = [len(plan.steps) for plan in fronts[0]]
+        self._origin: dict[tuple[int, ...], str] = {}
+        for spread, front in zip(spreads, fronts, strict=True):
+            name = "planned" if spread is None else f"planned, spread {spread:g}"
+            self._origin |= {plan.steps: name for plan in front if plan.steps not in self._origin}
         self._best = {len(plans[0].steps): [plan.steps for plan in plans] for plans in zip(*fronts, strict=True)}
         self._even = even
         self._plan = functools.cache(lambda nodes: computing(trace, nodes, forecaster=forecaster, site=site))
@@ -174,8 +180,14 @@ class _Plans:
 
     def of(self, count: int) -> tuple[Plan, ...]:
         """Of so many computed steps, those that differ; each with the error that the trace itself predicts."""
-        even = filter(self._fits, _even(self._steps, count)) if self._even else ()
+        even = [*filter(self._fits, _even(self._steps, count))] if self._even else []
+        for nodes in even:
+            self._origin.setdefault(nodes, f"even, every {nodes[1] if len(nodes) > 1 else self._steps}")
         return tuple(map(self._plan, dict.fromkeys((*self._best[count], *even))))
+
+    def origins(self, measured: Sequence[tuple[Plan, float]]) -> tuple[str, ...]:
+        """Where plans come from: those that are in no list are others with a step moved."""
+        return tuple(self._origin.get(plan.steps, "refined") for plan, _ in measured)
 
     def near(self, plan: Plan) -> list[Plan]:
         """The plan with one step moved, by predicted error."""
