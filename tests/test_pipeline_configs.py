@@ -8,6 +8,7 @@ from typing import Any
 
 import piping
 import pytest
+import specimens
 import torch
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -16,11 +17,14 @@ from diffusers.hooks import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
+    apply_pyramid_attention_broadcast,
 )
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+from torch import nn
 
 import cachekit as ck
 import cachekit.diffusers as ckd
+from cachekit.diffusers import zoo
 
 STEPS = 12
 SHARE, WILD = 0.4, 40.0
@@ -245,3 +249,34 @@ def test_a_callback_may_read_numbers_around_it(value):
     config = faster(attention_weight_callback=lambda module: max(value, SHARE), is_guidance_distilled=True)
     expected = ck.faster_cache(cfg=None, weight=max(value, SHARE), semantics="diffusers")
     assert ckd.from_config(config).forecaster.name == expected.forecaster.name
+
+
+# Where they are -----------------------------------------------------------------------------------------------
+
+EVERYWHERE = {f"{kind}_attention_timestep_skip_range": (-1, 1001) for kind in ("spatial", "cross")}
+
+
+def hooked(model: nn.Module, apply: Callable[[nn.Module, Any], None], config: Any, name: str) -> set[str]:
+    """The modules that the hooks of a config take."""
+    apply(model, config)
+    return {
+        path
+        for path, module in model.named_modules()
+        if any(hook.startswith(name) for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*decides about cross")  # which some of them have not
+@pytest.mark.parametrize("name", ["Flux", "SD3", "Wan", "Latte", "PixArt", "Lumina2", "ZImage", "HunyuanVideo", "Sana"])
+@pytest.mark.parametrize("kinds", [("spatial",), ("spatial", "cross")])
+def test_attention_is_left_out_where_the_hooks_leave_it_out(name, kinds):
+    """Within the lists that a config names: refiners beside them run."""
+    config = pyramid(**{f"{kind}_attention_block_skip_range": 2 for kind in kinds}, **EVERYWHERE)
+    config.current_timestep_callback = lambda: 500
+    theirs = hooked(zoo.specimen(name).model, apply_pyramid_attention_broadcast, config, "pyramid")
+    specimen = specimens.shared(name)
+    step = ck.cache(specimen.model, ckd.from_config(config))
+    with torch.no_grad():
+        step.init([900.0, 800.0], **specimen.inputs(0))
+    (layout,) = step.opened.layouts.values()
+    assert {*layout.parts} == theirs

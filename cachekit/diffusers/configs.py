@@ -136,17 +136,14 @@ def _pyramid(config: PyramidAttentionBroadcastConfig) -> Policy:
     policy = pyramid_attention_broadcast(**intervals, **where, semantics="diffusers")
     fields = [f"{kind}_attention_block_identifiers" for kind in used]
     changed = [name for name in fields if tuple(getattr(config, name)) != tuple(_default(config, name))]
-    if not changed:
-        return policy
-    if len(used) > 1:
+    if changed and len(used) > 1:
         raise ArgumentError(
             f"`{changed[0]}` {getattr(config, changed[0])!r} is given beside other kinds of attention, and names alone "
             "do not tell kinds apart. Use cachekit.pyramid_attention_broadcast(..., patterns={...}), one a kind."
         )
-    # One kind: found by what it does, among the modules that are named.
-    return dataclasses.replace(
-        policy, decider={used[0]: policy.deciders[used[0]]}, sites=_searched(getattr(config, changed[0]))
-    )
+    # Kinds are found by what they do, among the modules that are named.
+    deciders = {used[0]: policy.deciders[used[0]]} if changed else policy.decider
+    return dataclasses.replace(policy, decider=deciders, sites=_searched(config, *fields))
 
 
 def _faster(config: FasterCacheConfig) -> Policy:
@@ -180,10 +177,9 @@ def _faster(config: FasterCacheConfig) -> Policy:
             )
         temporal = broadcast("temporal", every, config.temporal_attention_timestep_skip_range)
         given = {"spatial": broadcast("attention", spatially, _spatial_range(config))}
-        return dataclasses.replace(policy, decider={**given, "temporal": temporal}, sites="attention")
-    if tuple(getattr(config, spatial)) != tuple(_default(config, spatial)):
-        return dataclasses.replace(policy, sites=_searched(getattr(config, spatial)))
-    return policy
+        sites = _searched(config, spatial, "temporal_attention_block_identifiers")
+        return dataclasses.replace(policy, decider={**given, "temporal": temporal}, sites=sites)
+    return dataclasses.replace(policy, sites=_searched(config, spatial))
 
 
 def _some(given: tuple[float, float]) -> bool:
@@ -240,8 +236,9 @@ def _fixed(function: types.FunctionType) -> bool:
     return all(isinstance(value, Real) for value in held)
 
 
-def _searched(identifiers: Any) -> tuple[str, ...]:
-    """One pattern that matches the whole name of a part of a block where any of these is found in it."""
+def _searched(config: Any, *fields: str) -> tuple[str, ...]:
+    """One pattern for the whole names of parts of blocks in which an identifier of these fields is found."""
+    identifiers = dict.fromkeys(each for field in fields for each in getattr(config, field))
     found = "|".join(f"(?:{identifier})" for identifier in identifiers)
     return (rf"(?=.*\.\d+\.).*(?:{found}).*",)
 
