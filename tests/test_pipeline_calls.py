@@ -445,7 +445,10 @@ def test_another_transformer_is_taken_up_by_the_next_call():
 
 def test_what_is_no_pipeline_or_no_policy_is_named():
     made = piping.piped("flux")
-    with pytest.raises(ck.ArgumentTypeError, match=r"`pipe` must be a DiffusionPipeline, got Flux.*cachekit\.cache"):
+    with pytest.raises(
+        ck.ArgumentTypeError,
+        match=r"`pipe` must be a DiffusionPipeline or a ModularPipeline, got Flux.*cachekit\.cache",
+    ):
         ckd.enable(made.pipe.transformer, ck.first_block_cache(0.1))
     with pytest.raises(ck.ArgumentTypeError, match=r"`policy` must be a Policy, a cache config .* got float"):
         ckd.enable(made.pipe, 0.1)

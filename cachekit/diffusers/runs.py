@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 import threading
 import warnings
 import weakref
@@ -310,7 +311,7 @@ class Run:
 
 
 def enable(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     policy: Any,
     *,
     compile: bool | Mapping[str, Any] = False,
@@ -319,7 +320,7 @@ def enable(
     """Switch caching on for a pipeline, until `run.disable()`. `cached` switches it off by itself.
 
     Args:
-        pipe: a pipeline with a `transformer`. It is called as always; offloading, adapters and whatever is set on the
+        pipe: a pipeline with a `transformer`, classic or modular. It is called as always; offloading, adapters and whatever is set on the
             pipeline or its transformers in the meantime work as without a cache.
         policy: a policy, or one of diffusers' cache configs as it is. Or a mapping to such: from a stream of the
             pipeline ("cond"), a transformer ("transformer_2"), or both ("transformer_2/cond"), of which the more exact
@@ -344,10 +345,7 @@ def enable(
         run.disable()
         ```
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        raise ArgumentTypeError(
-            f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}. A transformer alone: cachekit.cache."
-        )
+    _check_pipeline(pipe)
     there: Run | None = getattr(type(pipe), MARK, None)
     if there is not None and there.owns(pipe):
         raise ArgumentError(
@@ -367,7 +365,7 @@ def enable(
     return run
 
 
-def disable(pipe: DiffusionPipeline) -> None:
+def disable(pipe: Any) -> None:
     """Switch caching off for a pipeline, where the run is not at hand. One without a cache stays as it is.
 
     Args:
@@ -383,8 +381,7 @@ def disable(pipe: DiffusionPipeline) -> None:
         ckd.disable(pipe)
         ```
     """
-    if not isinstance(pipe, DiffusionPipeline):
-        raise ArgumentTypeError(f"`pipe` must be a DiffusionPipeline, got {type(pipe).__name__}.")
+    _check_pipeline(pipe)
     there: Run | None = getattr(type(pipe), MARK, None)
     if there is not None and there.owns(pipe):
         there.disable()
@@ -392,7 +389,7 @@ def disable(pipe: DiffusionPipeline) -> None:
 
 @contextmanager
 def cached(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     policy: Any,
     *,
     compile: bool | Mapping[str, Any] = False,
@@ -439,6 +436,16 @@ def cached(
         yield run
     finally:
         run.disable()
+
+
+def _check_pipeline(pipe: Any) -> None:
+    modular = sys.modules.get("diffusers.modular_pipelines.modular_pipeline")  # loaded by whoever has one
+    kinds = (DiffusionPipeline,) if modular is None else (DiffusionPipeline, modular.ModularPipeline)
+    if not isinstance(pipe, kinds):
+        raise ArgumentTypeError(
+            f"`pipe` must be a DiffusionPipeline or a ModularPipeline, got {type(pipe).__name__}. A transformer alone: "
+            "cachekit.cache."
+        )
 
 
 def _policies(policy: Any) -> dict[str, Policy]:

@@ -81,7 +81,6 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
         found = base.components.fget(self)  # type: ignore[attr-defined]
         return {name: self.__dict__[name] if name in names else value for name, value in found.items()}
 
-    @functools.wraps(base.progress_bar)
     def progress_bar(self, *args, **kwargs):
         given = dict(zip(("iterable", "total"), args, strict=False)) | kwargs
         steps = given.get("total")
@@ -92,7 +91,8 @@ def pipeline_class(base: type, scope: Scope, names: Iterable[str]) -> type:
         return base.progress_bar(self, *args, **kwargs)
 
     members: dict[str, Any] = {name: _Slot(scope, name) for name in names}
-    members["progress_bar"] = progress_bar
+    if hasattr(base, "progress_bar"):  # of a modular pipeline its blocks have one
+        members["progress_bar"] = functools.wraps(base.progress_bar)(progress_bar)
     made = {"__call__": call, "__reduce_ex__": reduce, "components": property(components), MARK: scope, **members}
     about = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (base,), {**about, **made})
