@@ -320,8 +320,8 @@ def enable(
     """Switch caching on for a pipeline, until `run.disable()`. `cached` switches it off by itself.
 
     Args:
-        pipe: a pipeline with a `transformer`, classic or modular. It is called as always; offloading, adapters and whatever is set on the
-            pipeline or its transformers in the meantime work as without a cache.
+        pipe: a pipeline with a `transformer`, classic or modular. It is called as always; offloading, adapters and
+            whatever is set on the pipeline or its transformers in the meantime work as without a cache.
         policy: a policy, or one of diffusers' cache configs as it is. Or a mapping to such: from a stream of the
             pipeline ("cond"), a transformer ("transformer_2"), or both ("transformer_2/cond"), of which the more exact
             one counts, as `run.summary()` names them; what it does not name is not cached.
