@@ -6,6 +6,7 @@ import copy
 import functools
 import types
 
+import diffusers
 import dit
 import pytest
 import torch
@@ -100,6 +101,88 @@ def test_a_hook_on_every_module(name):
     check(model, name)
 
 
+class Scaling(diffusers.hooks.ModelHook):
+    """A hook of diffusers: the first tensor comes out so many times as large, and calls are counted."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.calls = factor, 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+    def post_forward(self, module, output):
+        first = self.factor * output[0]
+        return (first, *output[1:]) if isinstance(output, tuple) else type(output)(sample=first)
+
+
+class Replacing(Scaling):
+    """One that runs the forward itself, as those of caches do."""
+
+    def new_forward(self, module, *args, **kwargs):
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def hooked(model: nn.Module, *hooks: Scaling) -> diffusers.hooks.HookRegistry:
+    registry = diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)
+    for n, hook in enumerate(hooks):
+        registry.register_hook(hook, f"mine {n}")
+    return registry
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_of_diffusers_on_the_root(name):
+    model, hooks = fresh(name), [Scaling(2.0), Scaling(0.25)]
+    hooked(model, *hooks)
+    for index, (out, wanted) in enumerate(zip(run(model, name), expected(name), strict=True)):
+        assert torch.equal(out, 0.5 * wanted)
+        assert torch.equal(out, plain(model, index, name)) == (index in (0, 2))
+    # By every step, by the model itself, and once by `init`, on shapes alone.
+    assert [hook.calls for hook in hooks] == [2 * STEPS + 1] * 2
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_hook_of_diffusers_is_taken_off_between_two_steps(taken):
+    model, factors = fresh(), (2.0, 0.25)
+    registry = hooked(model, *map(Scaling, factors))
+    step = ck.cache(model, MASK)
+    with torch.no_grad():
+        state = step.init(6, **shared("Flux").inputs(0))
+        for index, factor in enumerate((0.5, 0.5, factors[1 - taken], factors[1 - taken])):
+            if index == 2:
+                registry.remove_hook(f"mine {taken}", recurse=False)
+            out, state = take(step, state, index)
+            assert torch.equal(out, factor * expected("Flux")[index])
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("way", ["programs", "regional", "one graph"])
+def test_hooks_of_diffusers_on_the_root_compiled(way):
+    model = fresh()
+    hooked(model, Scaling(2.0), Scaling(0.25))
+    step = ck.cache(model, MASK)
+    with torch.no_grad():
+        if way == "one graph":
+            call, init = torch.compile(step, fullgraph=True, backend="eager"), step.init
+        else:
+            call = step.compile(backend="eager", regional=way == "regional")
+            init = call.init
+        state = init(6, **shared("Flux").inputs(0))
+        for index in range(STEPS):
+            out, state = take(call, state, index)
+            torch.testing.assert_close(out, 0.5 * expected("Flux")[index])
+
+
+def test_hooks_of_diffusers_on_blocks():
+    model = fresh()
+    counting = [Counting() for _ in blocks(model)]
+    for block, hook in zip(blocks(model), counting, strict=True):
+        hooked(block, Scaling(1.0))
+        add_hook_to_module(block, hook)
+    check(model)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_offload_of_every_weight(name):
     model = cpu_offload(fresh(name), execution_device="cpu")
@@ -180,18 +263,32 @@ def test_a_patched_forward_on_a_block(patch):
     check(model)
 
 
-def test_a_forward_that_cannot_be_followed_is_refused():
-    class Holder:
-        def __init__(self, model: nn.Module) -> None:
-            self.old = model.forward
+class Holder:
+    """What a patched forward is held by, beside a state of its own."""
 
-        def __call__(self, *args, **kwargs):
-            return self.old(*args, **kwargs)
+    def __init__(self, model: nn.Module) -> None:
+        self.old, self.calls = model.forward, 0
 
-    model = fresh()
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self.old(*args, **kwargs)
+
+
+def by_holder(model: nn.Module) -> None:
     model.forward = Holder(model)
-    with pytest.raises(ck.StructureError, match="No block of the model ran"):
+
+
+@pytest.mark.parametrize("patch", [by_holder, lambda model: hooked(model, Replacing(1.0))], ids=["object", "hook"])
+def test_a_forward_that_cannot_be_followed_is_refused(patch):
+    """An object with a state of its own is not copied: its state would be another one. What the message names works."""
+    model = fresh()
+    patch(model)
+    with pytest.raises(ck.StructureError, match=r'No block of the model ran.* sites="output"'), torch.no_grad():
         ck.cache(model, MASK).init(6, **shared("Flux").inputs(0))
+    step = ck.cache(model, ck.step_mask([1, 0, 1, 0, 0, 1], sites="output"))
+    with torch.no_grad():
+        out, _ = take(step, step.init(6, **shared("Flux").inputs(0)), 0)
+    assert torch.equal(out, expected("Flux")[0])
 
 
 @torch.no_grad()

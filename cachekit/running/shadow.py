@@ -10,7 +10,8 @@ import functools
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -180,12 +181,12 @@ class Follower:
 
     def __init__(self, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
         # The values themselves: an id alone may be that of another object by now.
-        self._pairs = [(source, target, [*source.__dict__.values()]) for source, target in pairs]
-        self._holders = [source.__dict__ for source, _, _ in self._pairs]
-        self._before = self._now()
+        self._pairs = [(source, target, _values(_watched(source, target))) for source, target in pairs]
+        self._look()
 
-    def _now(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._holders))]
+    def _look(self) -> None:
+        self._holders = [holder for source, target, _ in self._pairs for holder in _watched(source, target)]
+        self._before = _values(self._holders)
 
     def begin(self) -> None:
         """Before a trajectory: what a forward has left on the copies is forgotten, they are as the originals are."""
@@ -197,14 +198,12 @@ class Follower:
 
     def __call__(self) -> bool:
         """Take over what has changed; whether anything has."""
-        now = self._now()
-        if len(now) == len(self._before) and all(map(operator.is_, now, self._before)):
+        if _same(_values(self._holders), self._before):
             return False
         changed = False
-        self._before = now
         for n, (source, target, before) in enumerate(self._pairs):
-            now = [*source.__dict__.values()]
-            if len(now) != len(before) or not all(map(operator.is_, now, before)):
+            now = _values(_watched(source, target))
+            if not _same(now, before):
                 if isinstance(target, Site):
                     take_over(target)
                 else:
@@ -212,7 +211,22 @@ class Follower:
                     _patch(source, target)
                 self._pairs[n] = (source, target, now)
                 changed = True
+        self._look()
         return changed
+
+
+def _watched(source: nn.Module, target: nn.Module) -> list[dict[str, Any]]:
+    """What a copy is to follow: the attributes of its original, and of what a patched forward is held by."""
+    patched = () if isinstance(target, Site) else [source.__dict__[name] for name in PATCHED if name in source.__dict__]
+    return [source.__dict__, *chain.from_iterable(map(_holders, patched))]
+
+
+def _values(holders: Iterable[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict.values, holders))]
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _kept(source: nn.Module) -> set[str]:
@@ -294,13 +308,14 @@ def _site_type(block_class: type, site_class: type) -> type:
 def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
     """`value` with every module that is bound, curried, closed over or a default replaced by its stand-in.
 
-    A patched forward holds the module it was taken from: as a bound method, in a functools.partial, in a closure or
-    in a default, or several of these around one another.
+    A patched forward holds the module it was taken from: as a bound method, in a functools.partial, in a closure, in
+    a default, or in an object of nothing but functions (the hooks of diffusers), or several of these around one
+    another.
     """
     if id(value) in replace:
         return replace[id(value)]
     if isinstance(value, types.MethodType):
-        function, bound = rebind(value.__func__, replace), rebind(value.__self__, replace)
+        function, bound = rebind(value.__func__, replace), replace.get(id(value.__self__), value.__self__)
         same = function is value.__func__ and bound is value.__self__
         return value if same else types.MethodType(function, bound)
     if isinstance(value, functools.partial):
@@ -316,7 +331,43 @@ def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
             return value if made is inside else made
         # A function that reaches itself is followed once.
         return _rebind_function(value, {**replace, id(value): value})
+    if _holds_functions(value):
+        held = {name: rebind(each, {**replace, id(value): value}) for name, each in vars(value).items()}
+        if _same([*held.values()], [*vars(value).values()]):
+            return value
+        made = object.__new__(type(value))
+        made.__dict__.update(held)
+        return made
     return value
+
+
+def _holds_functions(value: Any) -> bool:
+    """Whether it is an object with nothing but functions in its attributes: a copy of it is as good."""
+    functions = (types.MethodType, types.FunctionType, functools.partial, type(None))
+    held = () if isinstance(value, (type, nn.Module, types.ModuleType, *functions)) else getattr(value, "__dict__", ())
+    return isinstance(held, dict) and bool(held) and all(isinstance(each, functions) for each in held.values())
+
+
+def _holders(value: Any) -> Iterator[dict[str, Any]]:
+    """The attributes of all objects that hold functions, as deep as `rebind` looks."""
+    seen: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, types.MethodType):
+            waiting.append(value.__func__)
+        elif isinstance(value, functools.partial):
+            waiting += (value.func, *value.args, *value.keywords.values(), *vars(value).values())
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # an empty one
+                    waiting.append(cell.cell_contents)
+        elif _holds_functions(value):
+            yield vars(value)
+            waiting += vars(value).values()
 
 
 def _rebind_function(function: types.FunctionType, replace: Mapping[int, Any]) -> types.FunctionType:
