@@ -650,6 +650,51 @@ def test_one_graph_of_blocks_that_keep_something_is_right_or_says_why_not(name):
         torch.testing.assert_close(out, other)
 
 
+class Written(nn.Module):
+    """Blocks that are given one dict (or list), in which the model puts another value for each of them."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Scaled() for _ in range(3))
+        self.kind = kind
+
+    def forward(self, x, t):
+        """Tokens."""
+        given = {0: None} if self.kind is dict else [None]
+        for n, block in enumerate(self.blocks):
+            given[0] = 1.0 + n
+            x = block(x, given) + 0.0 * t
+        return x
+
+
+class Scaled(nn.Module):
+    """A network whose output counts as much as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = feed_forward()
+
+    def forward(self, x, given):
+        """Tokens."""
+        return x + 0.1 * given[0] * self.ff(x)
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+@pytest.mark.parametrize("way", ["eager", pytest.param("programs", marks=pytest.mark.compiles)])
+def test_what_a_block_was_given_in_a_container_is_what_it_gets(kind, way):
+    model = Written(kind).eval()
+    plain = [model(*feed(index)) for index in range(4)]
+    for policy in (ck.step_mask([1, 1, 0, 1]), ck.first_block_cache(0.0)):
+        step = ck.cache(model, policy)
+        call = step if way == "eager" else step.compile(backend="eager")
+        state = call.init(4, *feed(0))
+        for index in range(4):
+            out, state = call(state, *feed(index))
+            if ck.summary(state).computed[index]:
+                torch.testing.assert_close(out, plain[index], rtol=0, atol=0 if way == "eager" else 1e-6)
+
+
 class Net(nn.Module):
     """A network of two products: of pooled tokens, of every token, or of what is embedded."""
 

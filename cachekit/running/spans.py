@@ -49,9 +49,10 @@ def at_block(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> An
         )
     handed = frame["handed"].setdefault(index, [])
     _check_call(span, member, args, kwargs, handed)
-    calls.append((args, kwargs))
+    calls.append((args, kwargs, _containers(args, kwargs)))
     found = {}
     if member == len(span.paths) - 1:
+        calls = [_as_it_was(*call) for call in calls]
         output, values = _front(frame, span, calls) if span.front else _site(frame, span, calls)
         if output is not None:
             return output
@@ -60,6 +61,34 @@ def at_block(frame: Frame, path: str, args: tuple, kwargs: dict[str, Any]) -> An
     leaves = [found[i] if i in found else _passed(key, args, kwargs) for i, key in enumerate(span.passing[member])]
     handed.append(leaves)
     return assemble(span.treespecs[member], leaves)
+
+
+def _containers(args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple[int | str, Any, Any], ...]:
+    """The lists and dicts among the arguments of a block, each with its name and a copy: the model may write to it
+    before the block runs, as the next block is given another value in the same dict.
+    """
+    given = (*enumerate(args), *kwargs.items())
+    return tuple((key, value, value.copy()) for key, value in given if type(value) in (dict, list))
+
+
+def _as_it_was(
+    args: tuple, kwargs: dict[str, Any], containers: tuple[tuple[int | str, Any, Any], ...]
+) -> tuple[tuple, dict[str, Any]]:
+    """A call with what its lists and dicts held then, where they hold something else now."""
+    changed = {key: before for key, value, before in containers if not _holds(value, before)}
+    if not changed:  # the block gets the very one: it may write to it
+        return args, kwargs
+    given = tuple(changed.get(place, value) for place, value in enumerate(args))
+    return given, {name: changed.get(name, value) for name, value in kwargs.items()}
+
+
+def _holds(value: Any, before: Any) -> bool:
+    """Whether a list or a dict holds the very things that it held before."""
+    if len(value) != len(before):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and value[key] is held for key, held in before.items())
+    return all(now is held for now, held in zip(value, before, strict=True))
 
 
 def _passed(key: Key | Const | None, args: tuple, kwargs: Mapping[str, Any]) -> Any:
