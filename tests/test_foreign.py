@@ -13,6 +13,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
 from dit import feed
 from peft import LoraConfig
 from specimens import shared
@@ -377,17 +378,86 @@ def test_layerwise_casting_is_in_no_graph():
     assert torch.equal(out, plain(model, 0, "Wan"))
 
 
-@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+@pytest.fixture
+def lent(monkeypatch):
+    """Weights that are put away are not numbers until they are loaded again, as if they were on another device."""
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def weights(group: ModuleGroup) -> list[Tensor]:
+        inside = [each for module in group.modules for each in (*module.parameters(), *module.buffers())]
+        return [each for each in (*inside, *group.parameters, *group.buffers) if each.is_floating_point()]
+
+    def offload(group: ModuleGroup) -> None:
+        for each in weights(group):
+            kept.setdefault(id(each), (each, each.data.clone()))
+            each.data.fill_(torch.nan)
+
+    def onload(group: ModuleGroup) -> None:
+        for each in weights(group):
+            if id(each) in kept:
+                each.data.copy_(kept[id(each)][1])
+
+    monkeypatch.setattr(ModuleGroup, "_offload_to_memory", offload)
+    monkeypatch.setattr(ModuleGroup, "_onload_from_memory", onload)
+
+
+GROUPS = {"leaf_level": {}, "block_level": {"num_blocks_per_group": 1}}
+POLICIES = {
+    "mask": lambda: MASK,
+    "probe": lambda: ck.first_block_cache(1e9, max_skips=1),
+    "parts": lambda: ck.taylorseer(2, warmup=1),
+    "output": lambda: ck.step_mask([1, 0, 1, 0, 0, 1], sites="output"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_are_loaded_block_by_block(name, kind, policy, lent):
+    def steps(model: nn.Module) -> list[Tensor]:
+        step = ck.cache(model, POLICIES[policy]())
+        state, outputs = step.init(6, **shared(name).inputs(0), return_dict=False), []
+        for index in range(STEPS):
+            out, state = take(step, state, index, name)
+            outputs.append(out)
+        assert not all(ck.summary(state).computed[:STEPS])
+        return outputs
+
+    model = fresh(name)
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type=kind, **GROUPS[kind])
+    assert any(each.isnan().any() for each in model.parameters())
+    for out, wanted in zip(steps(model), steps(fresh(name)), strict=True):
+        assert torch.equal(out, wanted)
+    assert any(each.isnan().any() for each in model.parameters())  # and put away again
+
+
+@torch.no_grad()
+@pytest.mark.compiles
+def test_weights_that_are_loaded_block_by_block_are_in_no_graph(lent):
+    model, given = fresh("Wan"), shared("Wan").inputs(0)
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    step = ck.cache(model, MASK)
+    words = "no graph can hold the loading of weights. Run the step as it is"
+    with pytest.raises(ck.StructureError, match=words):
+        step.compile(backend="eager").init(6, **given)
+    with pytest.raises(Exception, match=words):
+        take(torch.compile(step, fullgraph=True, backend="eager"), step.init(6, **given), 0, "Wan")
+    regional = step.compile(regional=True, backend="eager")
+    with pytest.warns(UserWarning, match="runs as it is, not compiled"):
+        out, _ = take(regional, regional.init(6, **given), 0, "Wan")
+    assert torch.equal(out, plain(model, 0, "Wan"))
+
+
 @pytest.mark.parametrize("late", [False, True])
-def test_group_offload_is_refused_with_the_reason(kind, late):
-    model, device = fresh(), torch.device("cpu")
+def test_groups_of_several_blocks_are_refused_with_the_reason(late):
+    model = fresh()
     step = ck.cache(model, MASK) if late else None
-    if kind == "leaf_level":
-        model.enable_group_offload(onload_device=device, offload_type=kind)
-    else:
-        apply_group_offloading(model, onload_device=device, offload_type=kind, num_blocks_per_group=1)
+    apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2)
     step = step or ck.cache(model, MASK)
-    with pytest.raises(ck.StructureError, match=r"`model` is group-offloaded .*fixed order.*Use model or sequential"):
+    with pytest.raises(
+        ck.StructureError, match=r"`model` is group-offloaded .*fixed order. Use num_blocks_per_group=1"
+    ):
         step.init(6, **shared("Flux").inputs(0))
 
 

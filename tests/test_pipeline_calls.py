@@ -548,7 +548,8 @@ def test_a_transformer_is_copied_and_pickled_during_a_call():
 
 def test_a_transformer_that_is_left_alone_may_be_group_offloaded():
     made = piping.piped("wan_two", transformer=piping.new)
-    made.pipe.transformer_2.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    many = {"offload_type": "block_level", "num_blocks_per_group": 2}
+    made.pipe.transformer_2.enable_group_offload(torch.device("cpu"), **many)
     with pytest.raises(ck.StructureError, match="group-offloaded"):
         ckd.enable(made.pipe, ck.step_mask([1, 0] * 4))
     with ckd.cached(made.pipe, {"transformer": ck.step_mask([1, 0] * 4)}) as run:

@@ -103,10 +103,18 @@ def test_offloading_is_switched_on_between_two_calls():
 
 
 @pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
-def test_group_offloading_is_refused_before_anything_runs(offload_type):
+def test_a_pipeline_with_group_offloading(offload_type):
+    plain, _ = piping.cached("flux", policy())
     made = piping.piped("flux", transformer=piping.new)
     how = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
     made.pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, **how)
+    with ckd.cached(made.pipe, policy()):
+        assert torch.equal(piping.image(made), plain)
+
+
+def test_groups_of_several_blocks_are_refused_before_anything_runs():
+    made = piping.piped("flux", transformer=piping.new)
+    made.pipe.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2)
     with pytest.raises(ck.StructureError, match="group-offloaded"):
         ckd.enable(made.pipe, policy())
 

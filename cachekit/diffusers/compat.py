@@ -14,24 +14,38 @@ def refuse(model: nn.Module) -> None:
     """Raise where a feature of diffusers cannot work with a cached step, and say why.
 
     Raises:
-        StructureError: the model is group-offloaded. Its hooks load the blocks in the order of the first forward
-            and count on every block to run; a reused step leaves blocks out.
+        StructureError: the model is group-offloaded with a stream, or several blocks a group. Its hooks load the next
+            group ahead, in the order of the first forward, or load a group where its first block runs and put it away
+            after its last; a reused step leaves blocks out.
     """
-    for where, name, _ in _hooks(model):
-        if "group_offloading" in name:
-            raise StructureError(
-                f"`model` is group-offloaded ({where} has the hook {name!r}), which loads blocks in a fixed order and "
-                "counts on every one to run. Use model or sequential offload instead, or none."
-            )
+    for where, name, hook in _hooks(model):
+        group = getattr(hook, "group", None)
+        if "group_offloading" not in name or (group is not None and _alone(group)):
+            continue
+        raise StructureError(
+            f"`model` is group-offloaded ({where} has the hook {name!r}), with a stream or several blocks a group, "
+            "which counts on every block to run, in a fixed order. Use num_blocks_per_group=1 and use_stream=False, "
+            'offload_type="leaf_level", or model or sequential offload.'
+        )
+
+
+def _alone(group: Any) -> bool:
+    """Whether a group of weights is loaded and put away by one module, whichever others run."""
+    return group.stream is None and group.onload_leader in (None, group.offload_leader)
 
 
 def uncompilable(model: nn.Module) -> str | None:
     """Which feature of diffusers cannot be part of a graph, and what can be done; None if there is none.
 
     Layerwise casting puts new parameters into a layer around every call, and Dynamo follows no parameter that is made
-    (torch 2.11 to 2.15), with a cache or without.
+    (torch 2.11 to 2.15), with a cache or without. Group offloading keeps its loading away from the compiler.
     """
     for where, name, _ in _hooks(model):
+        if "group_offloading" in name:
+            return (
+                f"`model` is group-offloaded ({where} has the hook {name!r}), and no graph can hold the loading of "
+                "weights. Run the step as it is, or leave offloading out."
+            )
         if "layerwise_casting" in name:
             return (
                 f"`model` has layerwise casting ({where} has the hook {name!r}), which puts new weights into a layer "

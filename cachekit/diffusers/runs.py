@@ -335,7 +335,7 @@ def enable(
     Raises:
         ArgumentError, ArgumentTypeError: `pipe` is no pipeline or has a cache already, `policy` is no policy.
         StructureError: the pipeline has no transformer, or something in the way of a cache: hooks of diffusers' own
-            caches, group offloading.
+            caches, group offloading with a stream or of several blocks a group.
 
     Example:
         ```python

@@ -319,7 +319,9 @@ def rebind(value: Any, replace: Mapping[int, Any]) -> Any:
         same = function is value.__func__ and bound is value.__self__
         return value if same else types.MethodType(function, bound)
     if isinstance(value, functools.partial):
-        args = tuple(rebind(arg, replace) for arg in value.args)
+        # Hooks of diffusers ask for the module itself: by it they know which weights are theirs.
+        hooked = next(_holders(value.func), None) is not None
+        args = value.args if hooked else tuple(rebind(arg, replace) for arg in value.args)
         keywords = {name: rebind(arg, replace) for name, arg in value.keywords.items()}
         made = functools.partial(rebind(value.func, replace), *args, **keywords)
         made.__dict__.update({name: rebind(item, replace) for name, item in value.__dict__.items()})
