@@ -6,6 +6,7 @@ import copy
 import pickle
 import types
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,7 +205,11 @@ class Shared(nn.Module):
 
         def forward(self, x, context=None, gain=None):
             out = x + 0.3 * self.scale * torch.tanh(self.lin(x))
-            out = out if context is None else out * (1 + context["layer"])
+            out = (
+                out
+                if context is None
+                else out * (1 + (context["layer"] if isinstance(context, dict) else context.layer))
+            )
             return out if gain is None else (out * gain).to(x.dtype)
 
     def __init__(self, how: str) -> None:
@@ -212,12 +217,16 @@ class Shared(nn.Module):
         self.blocks, self.out, self.how = nn.ModuleList(self.Block() for _ in range(4)), nn.Linear(8, 8), how
 
     def forward(self, x):
-        context, gain, seen = {"layer": 0}, torch.linspace(0.5, 1.5, 8), 0
+        context, gain, seen = SimpleNamespace(layer=0), torch.linspace(0.5, 1.5, 8), 0
+        held: dict[str, int] = {}
         for n, block in enumerate(self.blocks):
             match self.how:
                 case "an object that is written to":
-                    context["layer"] = n
+                    context.layer = n
                     x = block(x, context)
+                case "a dict that is written to":
+                    held["layer"] = n
+                    x = block(x, held)
                 case "a tensor that is written to":
                     x = block(x, None, gain.mul_(1.5))
                 case "autocast":
@@ -251,6 +260,15 @@ def test_what_changes_between_two_blocks_is_refused(how):
     step = ck.cache(Shared(how), ck.step_mask([1, 0]))
     with pytest.raises(ck.StructureError, match="returns something else when its blocks run as a step runs them"):
         step.init(2, X)
+
+
+def test_a_dict_that_is_written_to_is_for_every_block_what_it_was_for_it():
+    model = Shared("a dict that is written to")
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    out, state = step(step.init(2, X), X)
+    assert torch.equal(out, model(X))
+    again, _ = step(state, X)  # what the blocks add is held
+    torch.testing.assert_close(again, out)
 
 
 @pytest.mark.parametrize("how", [*SHARED[:3], *SHARED[4:]])
