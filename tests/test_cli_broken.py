@@ -27,7 +27,7 @@ SMALL = ("--method", "mag_cache", "--height", "64", "--width", "64", "--frames",
 PLANS = (("--computed", "3"), ("--error", "0.1"))
 
 # One folder is written to by every example of a test, as a user's is.
-same_folder = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_folder = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def run(*words: Any) -> Result:
