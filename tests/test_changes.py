@@ -205,11 +205,8 @@ class Shared(nn.Module):
 
         def forward(self, x, context=None, gain=None):
             out = x + 0.3 * self.scale * torch.tanh(self.lin(x))
-            out = (
-                out
-                if context is None
-                else out * (1 + (context["layer"] if isinstance(context, dict) else context.layer))
-            )
+            if context is not None:
+                out = out * (1 + (context["layer"] if isinstance(context, dict) else context.layer))
             return out if gain is None else (out * gain).to(x.dtype)
 
     def __init__(self, how: str) -> None:

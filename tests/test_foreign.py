@@ -71,6 +71,19 @@ def check(model: nn.Module, name: str = "Flux") -> None:
         assert torch.equal(out, plain(model, index, name)) == (index in (0, 2))
 
 
+def assert_in_no_graph(model: nn.Module, words: str) -> None:
+    """Programs and one graph of a Wan are refused with these words; regionally its blocks run as they are."""
+    step, given = ck.cache(model, MASK), shared("Wan").inputs(0)
+    with pytest.raises(ck.StructureError, match=words):
+        step.compile(backend="eager").init(6, **given)
+    with pytest.raises(Exception, match=words):
+        take(torch.compile(step, fullgraph=True, backend="eager"), step.init(6, **given), 0, "Wan")
+    regional = step.compile(regional=True, backend="eager")
+    with pytest.warns(UserWarning, match="runs as it is, not compiled"):
+        out, _ = take(regional, regional.init(6, **given), 0, "Wan")
+    assert torch.equal(out, plain(model, 0, "Wan"))
+
+
 class Counting(ModelHook):
     """A hook that changes nothing."""
 
@@ -366,16 +379,7 @@ def test_layerwise_casting(name):
 def test_layerwise_casting_is_in_no_graph():
     model = fresh("Wan")
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    step, given = ck.cache(model, MASK), shared("Wan").inputs(0)
-    words = r"(?s)`model` has layerwise casting \(blocks\.0.*and use step\.compile\(\)"
-    with pytest.raises(ck.StructureError, match=words):
-        step.compile(backend="eager").init(6, **given)
-    with pytest.raises(Exception, match=words):
-        take(torch.compile(step, fullgraph=True, backend="eager"), step.init(6, **given), 0, "Wan")
-    regional = step.compile(regional=True, backend="eager")
-    with pytest.warns(UserWarning, match="runs as it is, not compiled"):
-        out, _ = take(regional, regional.init(6, **given), 0, "Wan")
-    assert torch.equal(out, plain(model, 0, "Wan"))
+    assert_in_no_graph(model, r"(?s)`model` has layerwise casting \(blocks\.0.*and use step\.compile\(\)")
 
 
 @pytest.fixture
@@ -435,18 +439,9 @@ def test_weights_that_are_loaded_block_by_block(name, kind, policy, lent):
 @torch.no_grad()
 @pytest.mark.compiles
 def test_weights_that_are_loaded_block_by_block_are_in_no_graph(lent):
-    model, given = fresh("Wan"), shared("Wan").inputs(0)
+    model = fresh("Wan")
     apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
-    step = ck.cache(model, MASK)
-    words = "no graph can hold the loading of weights. Run the step as it is"
-    with pytest.raises(ck.StructureError, match=words):
-        step.compile(backend="eager").init(6, **given)
-    with pytest.raises(Exception, match=words):
-        take(torch.compile(step, fullgraph=True, backend="eager"), step.init(6, **given), 0, "Wan")
-    regional = step.compile(regional=True, backend="eager")
-    with pytest.warns(UserWarning, match="runs as it is, not compiled"):
-        out, _ = take(regional, regional.init(6, **given), 0, "Wan")
-    assert torch.equal(out, plain(model, 0, "Wan"))
+    assert_in_no_graph(model, "no graph can hold the loading of weights. Run the step as it is")
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -173,24 +174,27 @@ class Call:
                 self.separate = True
                 again, partner.state = partner.inputs, None
                 assert again is not None
-                policy = self._variant(given, True, tokens_of(again[1]))
-                self._advance(component, partner, policy, place, again, partner.form)
+                fitting = functools.partial(self._variant, given, True, tokens_of(again[1]))
+                self._advance(component, partner, fitting, place, again, partner.form)
             stream.policy = partner.policy
             out, partner.state = _of(partner.step).uncond(_of(partner.state), *args, **kwargs)
             answered = partner.state.decider
             return stream, out, int(answered.full) == int(answered.last)
-        policy = self._fitting(given, context, name, args, kwargs)
-        out = self._advance(component, stream, policy, place, (args, kwargs), form)
+        fitting = functools.partial(self._fitting, given, context, name, args, kwargs)
+        out = self._advance(component, stream, fitting, place, (args, kwargs), form)
         state = _of(stream.state)
         return stream, out, bool(state.computed[int(state.step) - 1])
 
-    def _advance(self, component: str, stream: Stream, policy: Policy, place: Place, inputs: Any, form: Any) -> Any:
-        """A step of a stream, of a new trajectory where this one does not go on."""
+    def _advance(
+        self, component: str, stream: Stream, fitting: Callable[[], Policy], place: Place, inputs: Any, form: Any
+    ) -> Any:
+        """A step of a stream, of a new trajectory where this one does not go on: under the policy that is fitting."""
         args, kwargs = inputs
         state = stream.state
         if state is None or stream.form != form or int(state.step) >= len(state.timesteps) or stream.due != place:
             if state is not None and int(state.step) < len(state.timesteps):
                 stream.cut = int(state.step), len(state.timesteps)
+            policy = fitting()
             stream.step, stream.policy, stream.form, stream.begun = (
                 self._step_of(component, policy),
                 policy,
@@ -206,9 +210,9 @@ class Call:
             stream.bytes = state_bytes(state)
             stream.setup += time.perf_counter() - started
         if int(state.step) == 1:  # by now every stream of a step has come, and this one not again
-            check_made_for(policy.made_for, streams=self.guided(component))
+            check_made_for(_of(stream.policy).made_for, streams=self.guided(component))
         out, stream.state = _of(stream.step)(state, *args, **kwargs)
-        stream.inputs = inputs if int(state.step) == 0 and policy.guidance is not None else None
+        stream.inputs = inputs if int(state.step) == 0 and _of(stream.policy).guidance is not None else None
         return out
 
     def _partner(self, component: str, context: str, name: str, place: Place, form: Any) -> Stream | None:
