@@ -87,7 +87,7 @@ def _check_decider(decider: Decider, draw: torch.Generator) -> None:
             begin(decider, times)
             signals = list(_signals(steps, draw))
         told, on_tensors = (_roll(decider, times, signals, convert) for convert in (_numbers, _tensors))
-        # What draws can agree with itself once or twice: where the two differ, numbers are asked until that is unlikely.
+        # What draws may agree with itself by chance: where the two differ, numbers are asked until that is unlikely.
         for _ in range(1 if told == on_tensors else AGAIN):
             if (now := _roll(decider, times, signals, _numbers)) != told:
                 raise ArgumentError(

@@ -51,6 +51,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: no collection of garbage need look at it again, and compiling makes many."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -111,15 +111,12 @@ LATER = [cell for cell in tiers.covering(*COMPILED, strength=3) if cell not in A
 
 @pytest.mark.compiles
 @pytest.mark.parametrize(
-    ("sites", "decider", "forecaster", "way", "backend"),
-    [
-        *((*cell, "aot_eager") for cell in AT_ONCE),
-        *(pytest.param(*cell, "eager", marks=pytest.mark.slow) for cell in LATER),
-    ],
+    ("sites", "decider", "forecaster", "way"),
+    [*AT_ONCE, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in LATER)],
 )
-def test_every_way_to_run_is_the_same(sites, decider, forecaster, way, backend):
+def test_every_way_to_run_is_the_same(sites, decider, forecaster, way):
     step = ck.cache(byhand.shared(depth=2), policy(sites, decider, forecaster))
-    ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5, backend)
+    ways.assert_alike(step, run, way, 1 if way == "one graph" else 2 + (decider == "drift"), 1e-5)
 
 
 @pytest.mark.compiles

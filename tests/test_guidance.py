@@ -251,13 +251,13 @@ def test_an_unconditional_call_with_nothing_to_answer_from_computes(way):
     model = byhand.net(depth=2)
     step = ck.cache(model, ck.faster_cache(uncond=4, cfg="separate", layout=LAYOUT, uncond_range=(-1, 2000)))
     if way == "programs":
-        step = step.compile(backend="aot_eager")
+        step = step.compile(backend="eager")
 
     def uncond(state, *without):
         return step.uncond(state, *without)
 
     if way == "one graph":
-        uncond = torch.compile(uncond, fullgraph=True, backend="aot_eager")
+        uncond = torch.compile(uncond, fullgraph=True, backend="eager")
     state = step.init(TIMES, *feed(0, True))
     for index in range(7):  # full at 0 and 4
         cond, state = step(state, *feed(index, True))
@@ -290,7 +290,7 @@ def test_the_unconditional_program_follows_the_model():
             return forward(self, *args) * self.scale
 
     model.__class__ = Scaled
-    step = ck.cache(model, policy()).compile(backend="aot_eager")
+    step = ck.cache(model, policy()).compile(backend="eager")
     for scale in (1.0, 3.0):
         model.scale = scale
         state = step.init(TIMES, *feed(0, True))
@@ -305,7 +305,7 @@ def test_explain_counts_the_programs_of_both_calls():
     step = ck.cache(byhand.shared(depth=2), policy())
     text = str(step.explain(TIMES, *feed(0, True)))
     counters.clear()
-    separate(step.compile(backend="aot_eager"))
+    separate(step.compile(backend="eager"))
     assert f"programs of step.compile(): {counters['stats']['unique_graphs']}" in text
 
 

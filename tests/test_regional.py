@@ -113,7 +113,7 @@ def assert_alike(one: tuple[list[Tensor], ck.State], other: tuple[list[Tensor], 
 
 def test_calls_that_are_repeated_have_each_their_own_memory():
     step = ck.cache(Twice(), ck.taylorseer(3, warmup=2, sites="attention"))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     eager = through(step)
     assert len(eager[1].sites) == 4
     assert_alike(through(regional), eager)
@@ -121,7 +121,7 @@ def test_calls_that_are_repeated_have_each_their_own_memory():
 
 def test_blocks_of_one_class_need_not_have_the_same_sites():
     step = ck.cache(Deep(4), ck.taylorseer(3, warmup=2, sites=(r"blocks\.[02]\.attn", r"blocks\.[23]\.ff")))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     eager = through(step)
     assert len(eager[1].sites) == 4
     assert_alike(through(regional), eager)
@@ -132,7 +132,7 @@ def test_blocks_of_one_class_need_not_have_the_same_sites():
 @pytest.mark.parametrize("decider", ["interval", "drift"])
 def test_every_cell_is_that_of_the_step_itself(sites, decider, forecaster):
     step = ck.cache(byhand.net(), policy(sites, decider, forecaster))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     assert_alike(run(regional), run(step))
 
 
@@ -147,7 +147,7 @@ def test_inductor_equals_eager(method):
 def test_a_state_that_is_given_away_is_written_to():
     made = ck.taylorseer(3, warmup=2, order=2)
     wanted = through(ck.cache(Deep(3), made))
-    regional = ck.cache(Deep(3), made, donate=True).compile(regional=True, backend="aot_eager")
+    regional = ck.cache(Deep(3), made, donate=True).compile(regional=True, backend="eager")
     state, places = regional.init(8, turning(0)), []
     for index in range(8):
         out, state = regional(state, turning(index))
@@ -157,7 +157,7 @@ def test_a_state_that_is_given_away_is_written_to():
 
 
 def test_another_resolution_is_another_state_and_says_so():
-    regional = ck.cache(Deep(2), ck.taylorseer(3, warmup=2)).compile(regional=True, backend="aot_eager")
+    regional = ck.cache(Deep(2), ck.taylorseer(3, warmup=2)).compile(regional=True, backend="eager")
     through(regional)
     state = regional.init(8, turning(0))
     for index in range(2):
@@ -172,7 +172,7 @@ def test_another_resolution_is_another_state_and_says_so():
 def test_a_module_that_is_replaced_is_followed():
     model = Deep(2)
     step = ck.cache(model, ck.taylorseer(3, warmup=2))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     through(regional)
     model.blocks[1] = Deep(1).blocks[0]
     nn.init.normal_(model.blocks[1].ff[0].weight)
@@ -181,7 +181,7 @@ def test_a_module_that_is_replaced_is_followed():
 
 def test_threads_share_the_programs_and_nothing_else():
     step = ck.cache(Deep(3), ck.taylorseer(3, warmup=2))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     wanted = {tokens: through(step, tokens) for tokens in (5, 9)}
     for tokens in wanted:
         through(regional, tokens)
@@ -203,7 +203,7 @@ def test_threads_share_the_programs_and_nothing_else():
 
 def test_a_forward_that_fails_leaves_no_frame_behind():
     model = Deep(2)
-    regional = ck.cache(model, ck.taylorseer(3, warmup=2)).compile(regional=True, backend="aot_eager")
+    regional = ck.cache(model, ck.taylorseer(3, warmup=2)).compile(regional=True, backend="eager")
     wanted = through(regional)
     state = regional.init(8, turning(0))
     with pytest.raises(
@@ -225,7 +225,7 @@ def twice(module, args, out):
 def test_a_hook_is_called_wherever_it_is(path, sites, late):
     model = Deep(3)
     step = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites))
-    regional = step.compile(regional=True, backend="aot_eager")
+    regional = step.compile(regional=True, backend="eager")
     plain = through(step)
     if late:
         assert_alike(through(regional), plain)
@@ -246,7 +246,7 @@ def test_a_patched_block_runs_as_it_is(sites):
     model = Deep(3)
     plain = through(ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites)))
     add_hook_to_module(model.blocks[1], AlignDevicesHook("cpu"))
-    regional = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites)).compile(regional=True, backend="aot_eager")
+    regional = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites)).compile(regional=True, backend="eager")
     with pytest.warns(UserWarning, match=r"block blocks\.1 runs as it is, not compiled: a patched forward"):
         assert_alike(through(regional), plain)
 
@@ -263,7 +263,7 @@ def test_a_forward_that_hooks_have_left_behind_is_compiled(sites):
         step = ck.cache(model, ck.taylorseer(3, warmup=2, sites=sites))
         counters.clear()
         torch._dynamo.reset()
-        assert_alike(through(step.compile(regional=True, backend="aot_eager")), through(step))
+        assert_alike(through(step.compile(regional=True, backend="eager")), through(step))
         counted.append(counters["stats"]["unique_graphs"])
     assert counted[0] == counted[1] > 0
 
@@ -272,5 +272,5 @@ def test_the_options_of_the_caller_stay_as_they_are():
     seen = []
     options = {"guard_filter_fn": lambda entries: seen.append(1) or [True] * len(entries)}
     step = ck.cache(Deep(3), ck.taylorseer(3, warmup=2, sites="attention"))
-    through(step.compile(regional=True, backend="aot_eager", options=options))
+    through(step.compile(regional=True, backend="eager", options=options))
     assert len(seen) >= 2 and set(options) == {"guard_filter_fn"}

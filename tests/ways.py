@@ -16,7 +16,7 @@ Run = Callable[..., tuple[list[Tensor], ck.State]]
 
 
 def assert_alike(
-    step: ck.CachedStep, run: Run, way: str, graphs: int, tolerance: float, backend: str = "aot_eager"
+    step: ck.CachedStep, run: Run, way: str, graphs: int, tolerance: float, backend: str = "eager"
 ) -> None:
     """Two trajectories of "one graph" or "programs" equal the step run eagerly, in so many graphs, without a break."""
     wanted, end = run(step)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+DEVICE = torch.ops.prim.device.default
+"""More than half of all operators: PyTorch asks a fake tensor for its device many times, and nothing comes of it."""
+
+
 class Onlooker(TorchDispatchMode):
     """Sees every operator of a forward and changes nothing.
 
@@ -90,6 +94,8 @@ class Numbering(Onlooker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is DEVICE:
+            return device_of(args[0])
         if self._silent:
             return self._ran(func, args, kwargs)[0]
         leaves = leaves_of(*args, *kwargs.values())
@@ -150,6 +156,11 @@ def leaves_of(*values: Any) -> list[Any]:
 def address(tensor: Tensor) -> int:
     """Of the memory of a tensor: equal for tensors that share it, while they live."""
     return tensor.untyped_storage()._cdata
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """What the operator for it gives."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else DEVICE(tensor)
 
 
 def version_of(tensor: Tensor) -> int:

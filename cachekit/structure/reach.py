@@ -95,7 +95,7 @@ class Reach:
         self._held: list[Held] = []
         self._caches: list[Held] = []
         self._seen: dict[int, Any] = {}  # kept, so that an id stays one object's
-        self._codes: set[types.CodeType] = set()
+        self._codes: dict[int, types.CodeType] = {}  # by id: to hash one reads all of it, and every call asks
 
     def same(self, *, caches: bool = True) -> bool:
         """Whether everything that was seen holds what it held then.
@@ -125,7 +125,7 @@ class Reach:
 
     def knows(self, code: types.CodeType) -> bool:
         """Whether what a function names has been seen."""
-        return code in self._codes
+        return id(code) in self._codes
 
     def code(self, code: types.CodeType, names: dict[str, Any]) -> None:
         """See what a function names.
@@ -134,12 +134,12 @@ class Reach:
             code: its code.
             names: the globals that it is run with.
         """
-        self._codes.add(code)
+        self._codes[id(code)] = code
         if settled(str(names.get("__name__"))):
             return
         asked = names_in(code)
         own = free_variables(code)
-        if own and code not in self.functions and not any(code in each.co_consts for each in self._codes):
+        if own and code not in self.functions and not any(code in each.co_consts for each in self._codes.values()):
             self.closed.append(code)  # whose variables it sees is not known
         if (UNSEEN & asked.names) - names.keys():
             self.closed.append(code)
@@ -164,7 +164,7 @@ class Reach:
         while followed != (len(self._classes), len(self.functions)):
             followed = len(self._classes), len(self.functions)
             for code, function in [*self.functions.items()]:
-                if code not in self._codes:
+                if not self.knows(code):
                     self.code(code, function.__globals__)
                     self._asked = self._asked and self._asked | names_in(code).names
             for kind in [*self._classes]:

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from cachekit.structure.alike import Account, Accounts, Result, Watched, own_tensors, plain_part, renamed, unaltered
 from cachekit.structure.forms import PLAIN
-from cachekit.structure.numbering import Numbering, Onlooker, address, leaves_of, version_of, written
+from cachekit.structure.numbering import DEVICE, Numbering, Onlooker, address, device_of, leaves_of, version_of, written
 from cachekit.structure.parts import ADDITIONS, VIEWS, Watch, kind_of, name_of, native, uncounted
 from cachekit.structure.record import (
     DENOISED,
@@ -101,6 +101,8 @@ class Recorder(Onlooker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is DEVICE:
+            return device_of(args[0])
         if self._silent:
             return self._ran(func, args, kwargs)[0]
         inputs = [leaf for leaf in leaves_of(*args, *kwargs.values()) if isinstance(leaf, Tensor)]
