@@ -109,7 +109,7 @@ def test_one_program_an_action(name, method):
 
 
 # Lists of two kinds of blocks, and one list. Inductor sees operators, not classes.
-@pytest.mark.parametrize(("name", "way"), [("Flux", "programs"), ("DiT", "programs"), ("Flux", "one graph")])
+@pytest.mark.parametrize(("name", "way"), [("Flux", "programs"), ("DiT", "programs"), ("DiT", "one graph")])
 @pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning")
 def test_inductor_equals_eager(name, way):
     sp = shallow(name) if name != "DiT" else Specimen(name, *of_dit(6), ())

@@ -20,6 +20,7 @@ import diffusers
 import pages
 import piping
 import pytest
+import specimens
 import torch
 import typer
 from pages import PageError, cleaned
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 
 import cachekit as ck
 from cachekit.cli.app import app
-from cachekit.diffusers import zoo
 
 PAGES = {str(path.relative_to(pages.ROOT)): path for path in pages.markdown()}
 COMPILED = {"docs/compile.md", "docs/your-own-dit.md", "docs/your-own-policy.md"}
@@ -75,7 +75,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda self, *device, **more: self)
-    flux = zoo.specimen("Flux")
+    flux = specimens.shallow("Flux")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(28)
     given = flux.inputs(0)
