@@ -5,8 +5,12 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import functools
 import gc
+import math
 import os
+import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -244,13 +248,17 @@ class Turning(nn.Module):
         self.blocks = nn.ModuleList(Residual() for _ in range(3))
         self.held = held
 
-    def forward(self, x):
+    def turns(self, *_: Any) -> bool:
+        """Whether it looks there."""
+        return bool(self.held[0])
+
+    def forward(self, x, *given):
         """New tokens."""
         seen = []
         for block in self.blocks:
             x = block(x)
             seen.append(x)
-        return x * seen[1] if self.held[0] else x
+        return x * seen[1] if self.turns(*given) else x
 
 
 class Residual(nn.Linear):
@@ -406,6 +414,192 @@ def test_what_the_model_is_told_outside_is_another_form(told, how):
     assert before.same() and before.form == Standing(model).form
     TELL[how](True)
     assert not before.same() and before.form != Standing(model).form
+
+
+# What decides, reached in ways that no global names: each is seen, too ------------------------------------------------
+
+OUTER, BESIDE = types.ModuleType("outer_of_a_test"), types.ModuleType("beside_a_test")
+OUTER.inner = types.ModuleType("outer_of_a_test.inner")
+OUTER.inner.flag = BESIDE.flag = False
+ORDER = {"first": False, "second": True}
+TENSOR = torch.zeros(2)
+DECIDES = False
+
+
+class Settings:
+    """It is held as a class."""
+
+    flag = False
+
+
+class Bound:
+    """It has methods that are hooks and attributes of a model, and operators."""
+
+    flag = False
+
+    def asked(self) -> bool:
+        """A global."""
+        return DECIDES
+
+    @classmethod
+    def of_class(cls) -> bool:
+        """One of the class."""
+        return cls.flag
+
+    def _either(self, no: bool) -> bool:
+        return DECIDES and not no
+
+    part = functools.partialmethod(_either, False)
+
+    def __bool__(self) -> bool:
+        return DECIDES
+
+    def __getitem__(self, _: int) -> bool:
+        return DECIDES
+
+    @property
+    def way(self) -> bool:
+        """What one class says, and another one does not."""
+        return False
+
+
+class Other(Bound):
+    """Another class of the same object."""
+
+    way = True  # type: ignore[assignment]
+
+
+BOUND, WEAK = Bound(), Settings()
+
+
+def decide(value: bool) -> None:
+    """Set the global."""
+    globals()["DECIDES"] = value
+
+
+def turn(value: bool) -> None:
+    """The same items in another order."""
+    ORDER.clear()
+    ORDER.update({"second": True, "first": False} if value else {"first": False, "second": True})
+
+
+REACHED: dict[str, tuple[Any, Callable[[Any], bool], Callable[[bool], Any]]] = {
+    "a module in a module": (None, lambda _: OUTER.inner.flag, lambda value: setattr(OUTER.inner, "flag", value)),
+    "a module that is held": (BESIDE, lambda held: held.flag, lambda value: setattr(BESIDE, "flag", value)),
+    "a class that is held": (Settings, lambda held: held.flag, lambda value: setattr(Settings, "flag", value)),
+    "a bound method": (BOUND.asked, lambda held: held(), decide),
+    "a method of a class": (Bound.of_class, lambda held: held(), lambda value: setattr(Bound, "flag", value)),
+    "a part of a method": (BOUND, lambda held: held.part(), decide),
+    "a truth": (BOUND, bool, decide),
+    "an item": (BOUND, lambda held: held[0], decide),
+    "another class": (
+        BOUND,
+        lambda held: held.way,
+        lambda value: setattr(BOUND, "__class__", Other if value else Bound),
+    ),
+    "a weak reference": (weakref.ref(WEAK), lambda held: held().flag, lambda value: setattr(WEAK, "flag", value)),
+    "an order": (None, lambda _: next(iter(ORDER.values())), turn),
+    "a tensor outside": (None, lambda _: TENSOR.requires_grad, lambda value: TENSOR.requires_grad_(value)),
+    "a hook on all modules": (
+        None,
+        lambda _: bool(nn.modules.module._global_forward_hooks),
+        lambda value: hook(value),
+    ),
+}
+
+
+def hook(value: bool) -> None:
+    """Put a hook that does nothing on all modules, or take it away."""
+    for handle in HOOKS:
+        handle.remove()
+    HOOKS[:] = [nn.modules.module.register_module_forward_hook(lambda *_: None)] if value else []
+
+
+HOOKS: list[Any] = []
+
+
+class Reaching(Turning):
+    """It asks for what it holds, or for what lies outside."""
+
+    def __init__(self, kept: Any, ask: Callable[[Any], bool]) -> None:
+        super().__init__([0])
+        self.kept, self.ask = kept, ask
+
+    def turns(self, *_: Any) -> bool:
+        """As it is told."""
+        return self.ask(self.kept)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same step", "another step"])
+@pytest.mark.parametrize("how", REACHED)
+def test_what_is_reached_in_other_ways_is_seen(how, same):
+    kept, ask, tell = REACHED[how]
+    model, x = Reaching(kept, ask), torch.ones(1, 3, 8)
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    try:
+        with torch.no_grad():
+            for value in (False, True, False):
+                tell(value)
+                assert bool(ask(kept)) == value
+                step = step if same else ck.cache(model, ck.step_mask([1, 0]))
+                out, _ = step(step.init(2, x), x)
+                assert torch.equal(out, model(x))
+    finally:
+        tell(False)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same step", "another step"])
+@pytest.mark.parametrize("way", ["class", "closure", "zero"])
+def test_what_an_argument_reaches_is_seen(way, same):
+    class Choice:
+        flag = False
+
+    told = False
+    given = {"class": Choice(), "closure": lambda: told, "zero": 0.0}
+    asks = {
+        "class": lambda choice: choice.flag,
+        "closure": lambda choice: choice(),
+        "zero": lambda choice: math.copysign(1, choice) < 0,
+    }
+    model, x = Choosing(asks[way]), torch.ones(1, 3, 8)
+    step = ck.cache(model, ck.step_mask([1, 0]))
+    with torch.no_grad():
+        for value in (False, True):
+            Choice.flag = told = value
+            given["zero"] = -0.0 if value else 0.0
+            step = step if same else ck.cache(model, ck.step_mask([1, 0]))
+            out, _ = step(step.init(2, x, given[way]), x, given[way])
+            assert torch.equal(out, model(x, given[way]))
+
+
+class Choosing(Turning):
+    """It asks an argument."""
+
+    def __init__(self, ask: Callable[[Any], bool]) -> None:
+        super().__init__([0])
+        self.ask = ask
+
+    def turns(self, *given: Any) -> bool:
+        """As it is told."""
+        return self.ask(*given)
+
+
+def test_arguments_that_cannot_be_seen_are_not_kept():
+    class Closed:
+        __slots__ = ("__weakref__", "lock")
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+    model, x = Choosing(lambda _: False), torch.ones(1, 3, 8)
+    step, alive = ck.cache(model, ck.step_mask([1, 0])), weakref.WeakSet()
+    for _ in range(3):
+        alive.add(closed := Closed())
+        step.init(2, x, closed)
+    del closed
+    gc.collect()
+    assert not alive
+    assert not store._kept.get(model) and not step.opened._found
 
 
 LONG = "def long():\n" + "".join(f"    x{n} = {n}.5 + y{n}\n" for n in range(400))

@@ -32,7 +32,7 @@ from cachekit.structure.layout import Found, Layout
 from cachekit.structure.modules import in_two_minds, module_at, unwrap
 from cachekit.structure.parts import Sites, part_paths
 from cachekit.structure.placing import lay_out
-from cachekit.structure.reach import Standing, modes
+from cachekit.structure.reach import CALLED, Reach, Standing, modes
 from cachekit.structure.record import Record
 from cachekit.structure.store import forget, look
 
@@ -133,7 +133,7 @@ class Opened:
                 before, self._standing = self._standing, Standing(self.original)
                 if before is None or before.form != self._standing.form:
                     self._found.clear()
-            if signature not in self._found:
+            if signature is None or signature not in self._found:
                 _refuse(self.original)
                 self._refuse_layers(device)
                 paths = block_paths(self.original, self._named)
@@ -147,12 +147,15 @@ class Opened:
                     self._barred = self._barred or _forgotten(seen.record)
                 if self._paths and not seen.same(laid_out.layout):
                     raise StructureError(_UNLIKE)
-                found = self._found[signature] = self._register(laid_out)
+                found = self._register(laid_out)
                 early, parts = set(found.layout.early), set(found.layout.parts)
                 if early - self._early or parts - self._parts:
                     self._early |= early
                     self._parts |= parts
                     self._build()
+                if signature is None:
+                    return found
+                self._found[signature] = found
             return self._found[signature]
 
     def begin(self) -> None:
@@ -251,11 +254,16 @@ def _replaced(what: str) -> StructureError:
 
 
 def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device) -> Any:
+    """What a call looks like, or None where it holds something that cannot be seen: it is like no other."""
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
-    forming = Forming()
-    parts: list[Any] = [*map(forming.of, leaves), object() if forming.closed else None, modes()]
+    forming, reach = Forming(), Reach(CALLED)
+    parts: list[Any] = [*map(forming.of, leaves), modes()]
+    reach.see(*forming.classes, *forming.functions, *forming.modules)
+    reach.follow()
+    if forming.closed or reach.closed or parts[-1] is None:
+        return None
     parts.append(tuple(tensor.dtype for tensor in (*model.parameters(), *model.buffers())))
-    return tuple(parts), str(treespec), str(device)
+    return tuple(parts), reach.form(), str(treespec), str(device)
 
 
 def usable(device: torch.device | str) -> torch.device:

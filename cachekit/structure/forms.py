@@ -67,8 +67,9 @@ class Forming:
 
     Attributes:
         dicts, lists: the containers that were walked through. While they hold the very same values, so is the form.
-        classes: of the modules and objects that were walked through.
-        functions: that were met.
+        classes: that were met, and those of the modules and objects that were walked through.
+        functions: that were met, also bound ones.
+        modules: of Python, that were met.
         tensors: that were met.
         closed: whether an object was met whose contents cannot be seen, an array of NumPy or one with `__slots__`: its
             form stays the same whatever happens to it.
@@ -81,6 +82,8 @@ class Forming:
         self.lists: list[Any] = []
         self.classes: dict[type, None] = {}
         self.functions: list[types.FunctionType] = []
+        self.modules: list[types.ModuleType] = []
+        self._holders: list[Any] = []
         self._seen: dict[int, int] = {}
         self._storages: dict[int, int] = {}
         self._kept: list[Any] = []  # what was made on the way, so that an id stays one object's
@@ -89,11 +92,15 @@ class Forming:
         """The form of a value."""
         kind = type(value)
         if kind in PLAIN:
-            return kind, value
+            return (kind, value) if value or kind is not float else (kind, str(value))  # 0.0 == -0.0
         if isinstance(value, types.FunctionType):
             self.functions.append(value)
             return Same(value)
-        if isinstance(value, (type, types.ModuleType)):
+        if isinstance(value, type):
+            self.classes.setdefault(value)
+            return Same(value)
+        if isinstance(value, types.ModuleType):
+            self.modules.append(value)
             return Same(value)
         number = self._seen.get(id(value))
         if number is not None:
@@ -118,7 +125,9 @@ class Forming:
             inside = map(self.of, (value.func, value.args, value.keywords))
             return "partial", Same(kind), self._more(value), *inside
         if isinstance(value, types.MethodType):
-            return "method", Same(value.__func__), self.of(value.__self__)
+            return "method", self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, weakref.ref):
+            return "weak", self.of(value())
         if isinstance(value, BOUND):
             return "method", value.__name__, self.of(value.__self__)
         if attributes_only(kind):
@@ -137,15 +146,16 @@ class Forming:
         if flatten is not None and kind not in (Tensor, nn.Parameter, nn.Buffer):
             names, context = flatten()
             inner = (self.of(context), *(self.of(self._keep(getattr(value, name))) for name in names))
-            return "tensor", Same(kind), _view(value), self.of(vars(value)), *inner
+            return "tensor", Same(kind), view(value), self.of(vars(value)), *inner
         storage = _address(value)
         shared = None if storage is None else self._storages.setdefault(storage, len(self._storages))
         more = self.of(vars(value)) if vars(value) and kind is not FakeTensor else ()
-        return "tensor", Same(kind), _view(value), shared, more
+        return "tensor", Same(kind), view(value), shared, more
 
     def _attributes(self, holder: Any) -> Any:
         attributes = vars(holder)
         self.classes.setdefault(type(holder))
+        self._holders.append(holder)
         self.dicts.append(attributes)
         found = []
         for name, value in attributes.items():
@@ -171,8 +181,9 @@ class Forming:
     def unchanged(self) -> Callable[[], bool]:
         """A function that tells whether everything walked through holds the very same values still. It keeps them."""
         dicts, lists = [*self.dicts], [each for each in self.lists if isinstance(each, (list, set, collections.deque))]
-        tensors = [*self.tensors]
-        views = [_view(each) for each in tensors]
+        tensors, holders = [*self.tensors], [*self._holders]
+        classes = [*map(type, holders)]
+        views = [view(each) for each in tensors]
 
         def now() -> Iterator[Any]:
             return chain.from_iterable((*dicts, *map(dict.values, dicts), *lists))
@@ -183,7 +194,9 @@ class Forming:
             values = [*now()]
             if len(values) != len(before) or not all(map(operator.is_, values, before)):
                 return False
-            return [_view(each) for each in tensors] == views  # `.data` is another one in the same tensor
+            if not all(map(operator.is_, map(type, holders), classes)):
+                return False
+            return [view(each) for each in tensors] == views  # `.data` is another one in the same tensor
 
         return same
 
@@ -200,7 +213,8 @@ def tensors_in(value: Any) -> list[Tensor]:
     return forming.tensors
 
 
-def _view(tensor: Tensor) -> tuple[Any, ...]:
+def view(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor is like, but for its memory and its numbers."""
     strides = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
     return tuple(tensor.shape), strides, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
 
@@ -224,5 +238,11 @@ def attributes_only(kind: type) -> bool:
     """Whether all that an object of this class holds is among its attributes."""
     if issubclass(kind, types.SimpleNamespace):
         return True
-    made = kind.__mro__[:-1]
-    return bool(kind.__dictoffset__) and all(each.__flags__ & HEAP and not vars(each).get("__slots__") for each in made)
+    return bool(kind.__dictoffset__) and all(
+        each.__flags__ & HEAP and not vars(each).get("__slots__") and not _of_c(each) for each in kind.__mro__[:-1]
+    )
+
+
+def _of_c(kind: type) -> bool:
+    """Whether C code has made a class: one of Python directly under `object` has attributes, or says which."""
+    return kind.__bases__ == (object,) and not vars(kind).keys() & {"__dict__", "__slots__"}

@@ -11,9 +11,11 @@ import dis
 import functools
 import gc
 import importlib.util
+import operator
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 
-from cachekit.structure.forms import BOUND, PLAIN, Forming, Same, attributes_only, fixed
+from cachekit.structure.forms import BOUND, PLAIN, Forming, Same, attributes_only, fixed, view
 
 SETTLED = {"torch", "cachekit", "cachekit_kernels", *sys.stdlib_module_names} - {"__main__"}
 """Packages that keep nothing of what a model computes, and whose globals do not decide what it does, beside the modes
@@ -41,6 +43,10 @@ UNSEEN = {"globals", "locals", "vars", "eval", "exec", "__import__"}
 CACHE = type(functools.lru_cache(len))
 MODULE = vars(nn.Module()).keys()
 """What every module holds. Most of it is empty."""
+
+NOT_IMPLIED = {"__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__doc__"}
+NOT_IMPLIED |= {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__dir__"}
+"""Names in underscores for which no operator in a forward asks."""
 
 NOTED = {"__dict__", "__weakref__", "__slotnames__", "__annotations__", "__annotations_cache__", "_abc_impl"}
 """What Python notes on a class: some of it when somebody asks."""
@@ -60,9 +66,15 @@ class Held(NamedTuple):
     drop: Callable[[Any], Any]  # remove a key that was not there
 
     def same(self) -> bool:
-        """Whether it holds the very same."""
+        """Whether it holds the very same, in the same order."""
         now, before = self.now(), self.before
-        return len(now) == len(before) and all(now.get(key, MISSING) is value for key, value in before.items())
+        return (
+            len(now) == len(before)
+            and all(map(operator.is_, now.values(), before.values()))
+            and all(
+                one is other or (type(one) in PLAIN and one == other) for one, other in zip(now, before, strict=True)
+            )
+        )
 
     def take_out(self, unwanted: Callable[[Any], bool]) -> None:
         """Give back the values of before in the place of those that are not wanted there."""
@@ -84,14 +96,15 @@ class Reach:
 
     Attributes:
         closed: what was met whose contents cannot be seen.
-        functions: that were met, by their code.
     """
 
     def __init__(self, asked: Iterable[str] | None = None) -> None:
         self._asked = None if asked is None else {*asked}
         self._classes: list[type] = []
         self.closed: list[Any] = []
-        self.functions: dict[types.CodeType, types.FunctionType] = {}
+        self._functions: dict[int, types.FunctionType] = {}  # by the id of their code: equal code may run elsewhere
+        self._modules: dict[int, types.ModuleType] = {}  # that a value is, and no name of code
+        self._names_of: set[str] = set()  # by which code asks, and `getattr` may
         self._held: list[Held] = []
         self._caches: list[Held] = []
         self._seen: dict[int, Any] = {}  # kept, so that an id stays one object's
@@ -139,12 +152,14 @@ class Reach:
             return
         asked = names_in(code)
         own = free_variables(code)
-        if own and code not in self.functions and not any(code in each.co_consts for each in self._codes.values()):
+        if own and id(code) not in self._functions and not any(code in each.co_consts for each in self._codes.values()):
             self.closed.append(code)  # whose variables it sees is not known
         if (UNSEEN & asked.names) - names.keys():
             self.closed.append(code)
         if asked.names & {"environ", "getenv"}:
             self.see(os.environ)
+        attributes = asked.names | asked.texts
+        self._names_of |= attributes
         imports: set[str] = set()
         for level, name in asked.imports:
             with suppress(ImportError):  # it leads nowhere, and so does the import
@@ -152,23 +167,42 @@ class Reach:
         for known, inside in ((names, asked.names), (sys.modules, imports)):
             self._names(known, inside)
             for value in [known[name] for name in inside if name in known]:
-                self.see(value)
-                if isinstance(value, types.ModuleType) and not settled(value.__name__):
-                    attributes = asked.names | asked.texts
-                    self._names(vars(value), attributes)
-                    self.see(*(vars(value)[name] for name in attributes & vars(value).keys()))
+                if isinstance(value, types.ModuleType):
+                    self._module(value, attributes, set())
+                else:
+                    self.see(value)
+        for module in [*self._modules.values()]:
+            self._module(module, attributes, set())
 
     def follow(self) -> None:
         """See what the functions that are found ask for, of classes and beside them, until it is nothing new."""
-        followed = (0, 0)
-        while followed != (len(self._classes), len(self.functions)):
-            followed = len(self._classes), len(self.functions)
-            for code, function in [*self.functions.items()]:
+        followed = (0, 0, 0)
+        while followed != (len(self._classes), len(self._functions), len(self._modules)):
+            followed = len(self._classes), len(self._functions), len(self._modules)
+            for function in [*self._functions.values()]:
+                code = function.__code__
                 if not self.knows(code):
                     self.code(code, function.__globals__)
                     self._asked = self._asked and self._asked | names_in(code).names
             for kind in [*self._classes]:
-                self.see(*(value for name, value in vars(kind).items() if self._asked is None or name in self._asked))
+                self.see(*(value for name, value in vars(kind).items() if self._asks(name)))
+
+    def _asks(self, name: str) -> bool:
+        """Whether code may ask a class for it. An operator asks for the names in underscores without naming them."""
+        implied = name.startswith("__") and name.endswith("__") and name not in NOT_IMPLIED
+        return self._asked is None or name in self._asked or implied
+
+    def _module(self, module: types.ModuleType, attributes: Iterable[str], walked: set[int]) -> None:
+        """See these attributes of a module of Python, and of the modules among them."""
+        if settled(module.__name__) or id(module) in walked:
+            return
+        walked.add(id(module))
+        self._names(vars(module), attributes)
+        for value in [vars(module)[name] for name in attributes if name in vars(module)]:
+            if isinstance(value, types.ModuleType):
+                self._module(value, attributes, walked)
+            else:
+                self.see(value)
 
     def _names(self, names: dict[str, Any], asked: Iterable[str]) -> None:
         def now() -> dict[str, Any]:
@@ -197,6 +231,14 @@ class Reach:
         kind = type(value)
         if isinstance(value, type):
             return () if settled(value.__module__) else self._class(value)
+        if isinstance(value, types.ModuleType):
+            self._modules[id(value)] = value
+            self._module(value, {*self._names_of}, set())
+            return ()
+        if isinstance(value, weakref.ref):
+            return (value(),)
+        if isinstance(value, functools.partialmethod):
+            return value.func, value.args, value.keywords
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, (staticmethod, classmethod)):
@@ -225,7 +267,8 @@ class Reach:
         if isinstance(value, FakeTensor):  # it is not to be kept
             self.closed.append(kind)
             return ()
-        if isinstance(value, Tensor):  # what code reads of it is seen by the operators
+        if isinstance(value, Tensor):  # what code reads of its numbers is seen by the operators
+            self._tensor(value)
             return self._attributes(value) if kind in (Tensor, nn.Parameter) and vars(value) else ()
         if isinstance(value, nn.Module):
             self._mapping(vars(value))
@@ -239,7 +282,16 @@ class Reach:
 
     def _attributes(self, value: Any) -> Iterable[Any]:
         attributes = getattr(value, "__dict__", None)
-        return type(value), *(self._mapping(attributes) if isinstance(attributes, dict) else ())
+        if not isinstance(attributes, dict):
+            return (type(value),)
+        self._held.append(Held({"": type(value)}, lambda: {"": type(value)}, lambda *_: None, lambda *_: None))
+        return type(value), *self._mapping(attributes)
+
+    def _tensor(self, tensor: Tensor) -> None:
+        before = {"": view(tensor)}
+        self._held.append(
+            Held(before, lambda: before if view(tensor) == before[""] else {}, lambda *_: None, lambda *_: None)
+        )
 
     def _class(self, kind: type) -> Iterable[Any]:
         def now() -> dict[str, Any]:
@@ -251,12 +303,11 @@ class Reach:
         before = now()
         self._held.append(Held(before, now, put, lambda name: type.__delattr__(kind, name)))
         self._classes.append(kind)
-        asked = before.keys() if self._asked is None else self._asked
-        inside = (value for name, value in before.items() if name in asked or isinstance(value, (dict, list)))
+        inside = (value for name, value in before.items() if self._asks(name) or isinstance(value, (dict, list)))
         return *kind.__mro__[1:], *inside
 
     def _function(self, function: types.FunctionType) -> Iterable[Any]:
-        self.functions[function.__code__] = function
+        self._functions[id(function.__code__)] = function
 
         def now() -> dict[str, Any]:
             return {name: getattr(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__")}
@@ -344,7 +395,7 @@ class Standing:
     def __init__(self, model: nn.Module) -> None:
         forming, self._reach = Forming(), Reach(CALLED)
         inside = forming.of(model)
-        self._reach.see(*forming.classes, *forming.functions)
+        self._reach.see(*forming.classes, *forming.functions, *forming.modules)
         self._reach.follow()
         self._closed = forming.closed or bool(self._reach.closed)
         self._unchanged = forming.unchanged()

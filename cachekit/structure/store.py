@@ -44,8 +44,12 @@ def look(
         paths: of its blocks.
         parts: of modules inside the blocks, or beside them.
         args, kwargs, device: of the forward.
-        signature: what these look like.
+        signature: what these look like, or None: then nothing is kept.
     """
+    from cachekit.structure.discovery import discover  # not at import: torch's counter of FLOPs loads Triton
+
+    if signature is None:
+        return discover(model, paths, parts, args, kwargs, device)
     key = signature, tuple(paths), tuple(parts)
     with _lock:
         kept = _kept.get(model)
@@ -54,8 +58,6 @@ def look(
         if key in kept.forwards and not kept.forwards[key].outdated():
             kept.forwards.move_to_end(key)
             return kept.forwards[key]
-    from cachekit.structure.discovery import discover  # not at import: torch's counter of FLOPs loads Triton
-
     found = discover(model, paths, parts, args, kwargs, device)
     if not found.reaches(model):
         with _lock:
