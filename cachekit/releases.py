@@ -14,5 +14,6 @@ from typing import Any
 
 import torch
 
-PACKAGE: dict[str, Any] = {"allow_buffer_reuse": False} if torch.__version__ < "2.13" else {}
-FORGETFUL = "2.13" <= torch.__version__ < "2.15"
+_RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))  # one built from source, 2.13.0a0, is of 2.13
+PACKAGE: dict[str, Any] = {"allow_buffer_reuse": False} if _RELEASE < (2, 13) else {}
+FORGETFUL = (2, 13) <= _RELEASE < (2, 15)

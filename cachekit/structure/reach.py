@@ -44,9 +44,12 @@ CACHE = type(functools.lru_cache(len))
 MODULE = vars(nn.Module()).keys()
 """What every module holds. Most of it is empty."""
 
-NOT_IMPLIED = {"__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__", "__doc__"}
-NOT_IMPLIED |= {"__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__copy__", "__deepcopy__", "__dir__"}
-"""Names in underscores for which no operator in a forward asks."""
+IMPLIED = (
+    "bool len getitem iter next contains enter exit get getattr getattribute eq ne lt le gt ge hash index int float"
+)
+IMPLIED += " add radd iadd sub rsub mul rmul matmul truediv rtruediv floordiv mod pow neg and or xor invert"
+IMPLIED = frozenset(f"__{name}__" for name in IMPLIED.split())
+"""Methods that an operator or a statement asks for without naming them."""
 
 NOTED = {"__dict__", "__weakref__", "__slotnames__", "__annotations__", "__annotations_cache__", "_abc_impl"}
 """What Python notes on a class: some of it when somebody asks."""
@@ -159,6 +162,7 @@ class Reach:
         if asked.names & {"environ", "getenv"}:
             self.see(os.environ)
         attributes = asked.names | asked.texts
+        unheard = attributes - self._names_of
         self._names_of |= attributes
         imports: set[str] = set()
         for level, name in asked.imports:
@@ -171,8 +175,8 @@ class Reach:
                     self._module(value, attributes, set())
                 else:
                     self.see(value)
-        for module in [*self._modules.values()]:
-            self._module(module, attributes, set())
+        for module in [*self._modules.values()] if unheard else []:
+            self._module(module, unheard, set())
 
     def follow(self) -> None:
         """See what the functions that are found ask for, of classes and beside them, until it is nothing new."""
@@ -188,9 +192,8 @@ class Reach:
                 self.see(*(value for name, value in vars(kind).items() if self._asks(name)))
 
     def _asks(self, name: str) -> bool:
-        """Whether code may ask a class for it. An operator asks for the names in underscores without naming them."""
-        implied = name.startswith("__") and name.endswith("__") and name not in NOT_IMPLIED
-        return self._asked is None or name in self._asked or implied
+        """Whether code may ask a class for it."""
+        return self._asked is None or name in self._asked or name in IMPLIED
 
     def _module(self, module: types.ModuleType, attributes: Iterable[str], walked: set[int]) -> None:
         """See these attributes of a module of Python, and of the modules among them."""
@@ -256,7 +259,9 @@ class Reach:
         if isinstance(value, CACHE):
             return self._cache(value)
         if isinstance(value, (dict, collections.OrderedDict)):
-            return *self._mapping(value), *value.keys(), *self._attributes(value)
+            # Modules of Python in a dict are a registry, as sys.modules is: it would lead everywhere.
+            items = [each for each in self._mapping(value) if not isinstance(each, types.ModuleType)]
+            return *items, *value.keys(), *self._attributes(value)
         if isinstance(value, (list, collections.deque)):
             return *self._list(value), *self._attributes(value)
         if isinstance(value, set):
