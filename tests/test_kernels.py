@@ -182,7 +182,8 @@ def _seen(call, context):
         graph = torch.fx.experimental.proxy_tensor.make_fx(lambda: call(), tracing_mode="real")()
         seen += [str(node.target) for node in graph.graph.nodes]
     else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # in 2.11 it warns without
             call()
         seen += [event.key for event in profile.key_averages()]
     return [name for name in seen if name.startswith("cachekit")]
