@@ -258,7 +258,7 @@ def _signature(model: nn.Module, args: tuple, kwargs: Mapping[str, Any], device)
     leaves, treespec = pytree.tree_flatten((args, dict(kwargs)))
     forming, reach = Forming(), Reach(CALLED)
     parts: list[Any] = [*map(forming.of, leaves), modes()]
-    reach.see(*forming.classes, *forming.functions, *forming.modules)
+    reach.see(*forming.beyond())
     reach.follow()
     if forming.closed or reach.closed or parts[-1] is None:
         return None

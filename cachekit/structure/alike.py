@@ -156,7 +156,7 @@ class Accounts:
         if kind not in self._reaches or not self._reaches[kind].same():
             self._reaches[kind] = Reach()
         watched.outside = reach = self._reaches[kind]
-        reach.see(*forming.classes, *forming.functions, *forming.modules)
+        reach.see(*forming.beyond())
         with _traced(reach) as seen:
             yield watched
         watched.alone &= seen and not reach.closed and reach.same() and untouched() and form(run) == like

@@ -138,6 +138,10 @@ class Forming:
         self.closed = True
         return one
 
+    def beyond(self) -> tuple[Any, ...]:
+        """What was met that leads out of the value: its form says which ones, and not what they can get at."""
+        return *self.classes, *self.functions, *self.modules
+
     def tensor(self, value: Tensor) -> Any:
         """What a tensor is like: everything but its numbers. Of those that share memory it tells which."""
         kind = type(value)

@@ -289,14 +289,16 @@ class Reach:
         attributes = getattr(value, "__dict__", None)
         if not isinstance(attributes, dict):
             return (type(value),)
-        self._held.append(Held({"": type(value)}, lambda: {"": type(value)}, lambda *_: None, lambda *_: None))
+        self._note({"": type(value)}, lambda: {"": type(value)})
         return type(value), *self._mapping(attributes)
 
     def _tensor(self, tensor: Tensor) -> None:
         before = {"": view(tensor)}
-        self._held.append(
-            Held(before, lambda: before if view(tensor) == before[""] else {}, lambda *_: None, lambda *_: None)
-        )
+        self._note(before, lambda: before if view(tensor) == before[""] else {})
+
+    def _note(self, before: Mapping[Any, Any], now: Callable[[], Mapping[Any, Any]]) -> None:
+        """What holds no tensor of a forward is told apart, and never put back."""
+        self._held.append(Held(before, now, lambda *_: None, lambda *_: None))
 
     def _class(self, kind: type) -> Iterable[Any]:
         def now() -> dict[str, Any]:
@@ -318,7 +320,7 @@ class Reach:
             return {name: getattr(function, name) for name in ("__code__", "__defaults__", "__kwdefaults__")}
 
         before = now()
-        self._held.append(Held(before, now, lambda *_: None, lambda *_: None))
+        self._note(before, now)
         inside = [*before.values(), *self._mapping(function.__dict__)]
         for cell in function.__closure__ or ():
             inside += self._cell(cell)
@@ -400,7 +402,7 @@ class Standing:
     def __init__(self, model: nn.Module) -> None:
         forming, self._reach = Forming(), Reach(CALLED)
         inside = forming.of(model)
-        self._reach.see(*forming.classes, *forming.functions, *forming.modules)
+        self._reach.see(*forming.beyond())
         self._reach.follow()
         self._closed = forming.closed or bool(self._reach.closed)
         self._unchanged = forming.unchanged()
